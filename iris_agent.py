@@ -124,6 +124,7 @@ class Rollout:
     actions: Tensor  # int64
     rewards: Tensor  # in {-1, 0, 1}
     ends: Tensor  # bool
+    frames: list[Tensor]  # L times (N, 3, 64, 64), what the agent saw at each step
 
 
 def imagine(actor_critic: ActorCritic, dream, frames: Tensor, state: State, horizon: int) -> Rollout:
@@ -132,13 +133,14 @@ def imagine(actor_critic: ActorCritic, dream, frames: Tensor, state: State, hori
     `dream` is a `Dream`, or whatever has its `step`. The gradient runs through the LSTM from step to step, never
     through the dream: a sampled token has no derivative, and REINFORCE needs none.
     """
-    steps = []
+    steps, seen = [], []
     for step in range(horizon):
+        seen.append(frames)
         logits, values, state = actor_critic(frames, state)
         actions = sample(logits.detach())
         frames, rewards, ends = dream.step(actions, next_frame=step + 1 < horizon)
         steps.append((logits, values, actions, rewards, ends))
-    return Rollout(*(torch.stack(column, dim=1) for column in zip(*steps, strict=True)))
+    return Rollout(*(torch.stack(column, dim=1) for column in zip(*steps, strict=True)), seen)
 
 
 def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, lambda_: float) -> Tensor:

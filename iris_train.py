@@ -1,0 +1,1091 @@
+"""Chapter 4 of IRIS: the loop. Play a little, learn to see, learn to foresee, learn to act; and again.
+
+An epoch plays 200 steps of the real game and then trains the three models of chapters 1 to 3, one after the other; 600
+epochs make a run (IRIS paper, algorithm 1 and appendix A). Nothing is learned from reality directly but to paint it
+and to predict it: the policy is trained in the dream alone.
+
+    +--> collect ------> train the ------> encode the ------> train the -------> train the ----+
+    |    200 steps       tokenizer         replay, once       world model        actor-critic  |
+    |    of the game     256 frames x200   (N, 16) tokens     64 x 20 steps x200 64 dreams x200|
+    +------------------------------------------------------------------------------------------+
+         from epoch 1    from epoch 6                         from epoch 26      from epoch 51     (first 500 collect)
+
+Run it:   python iris_train.py --env-id BreakoutNoFrameskip-v4             # the paper's run; wants a GPU
+          python iris_train.py --env-id BreakoutNoFrameskip-v4 --preset laptop
+          python iris_train.py --resume runs/...                           # goes on exactly where it stood
+          python iris_train.py --help                                      # every number below is an argument
+Read it:  arguments, environment, replay, then the phases in the order of the picture, then checkpoints, then `main`.
+"""
+import contextlib
+import difflib
+import errno
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Callable, Literal
+
+import ale_py
+import cv2
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import trange
+
+from iris_agent import (
+    ActorCritic, ActorCriticConfig, Agent, State, actor_critic_loss, agent_from_official, imagine, read_checkpoint
+)
+from iris_tokenizer import (
+    FRAME_SIZE, IrisError, Lpips, Tokenizer, TokenizerConfig, load_lpips, resize_frame, save_picture, to_model, to_stored
+)
+from iris_world_model import Dream, WorldModel, WorldModelConfig
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    """Trains IRIS on one game. The defaults are the paper's (its appendix A and published configuration)."""
+
+    env_id: str = "BreakoutNoFrameskip-v4"
+    """A gymnasium id with discrete actions and image observations; `module:Env-v0` imports the module first."""
+    preset: Literal["paper", "laptop"] = "paper"
+    """Where the other arguments start: the paper's sizes, or sizes for a machine without a GPU."""
+    seed: int = 1
+    """Seed of everything random."""
+    device: str = "auto"
+    """cuda, cpu, ...; auto takes a GPU where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of convolutions and matrix products; auto is bf16 where the hardware has it, else fp32."""
+    perceptual_loss: Literal["auto", "lpips", "pixel"] = "auto"
+    """lpips is the paper's and needs two weight files, pixel needs none; auto takes lpips if the files can be had."""
+    run_dir: str = ""
+    """Folder of the run; empty makes runs/{env_id}__iris__{seed}__{time}."""
+    resume: str = ""
+    """Folder of a run to go on with; its own arguments apply."""
+    init_from: str = ""
+    """Checkpoint of a run, or a published one, whose weights to start from."""
+    load_tokenizer: bool = True
+    """With init_from: take over the tokenizer."""
+    load_world_model: bool = True
+    """With init_from: take over the world model."""
+    load_actor_critic: bool = True
+    """With init_from: take over the actor-critic."""
+    track: bool = False
+    """Mirror TensorBoard to Weights & Biases (pip install wandb)."""
+    wandb_project: str = "iris"
+    """Project to track in."""
+    wandb_entity: str = ""
+    """Team to track for; empty is your own account."""
+
+    epochs: int = 600
+    """Epochs of the run."""
+    collect_epochs: int = 500
+    """In how many of them, from the first, the game is played."""
+    collect_steps: int = 200
+    """Environment steps played in each of these (500 x 200 is the 100,000 of Atari 100k)."""
+    collect_epsilon: float = 0.01
+    """Share of steps with a uniformly random action."""
+    collect_temperature: float = 1.0
+    """Temperature of the policy while collecting."""
+    noop_max: int = 30
+    """Training games begin with 1 to this many no-ops."""
+    max_frames: int = 20_000
+    """Raw Atari frames after which a training game is cut off."""
+
+    tokenizer_from: int = 6
+    """First epoch that trains the tokenizer."""
+    tokenizer_steps: int = 200
+    """Its optimiser steps an epoch."""
+    tokenizer_batch_size: int = 256
+    """Frames in each."""
+    tokenizer_learning_rate: float = 1e-4
+    """Adam's."""
+    world_model_from: int = 26
+    """First epoch that trains the world model."""
+    world_model_steps: int = 200
+    """Its optimiser steps an epoch."""
+    world_model_batch_size: int = 64
+    """Sequences in each, of world_model.max_blocks steps."""
+    world_model_learning_rate: float = 1e-4
+    """AdamW's."""
+    world_model_weight_decay: float = 0.01
+    """AdamW's, on the weights of linear layers."""
+    actor_critic_from: int = 51
+    """First epoch that trains the actor-critic."""
+    actor_critic_steps: int = 200
+    """Its optimiser steps an epoch."""
+    actor_critic_batch_size: int = 64
+    """Dreams in each."""
+    actor_critic_learning_rate: float = 1e-4
+    """Adam's."""
+    burn_in: int = 20
+    """Real frames that warm up the LSTM before a dream, and when play goes on in mid-episode."""
+    horizon: int = 20
+    """Imagined steps of a dream."""
+    gamma: float = 0.995
+    """Discount of future rewards."""
+    lambda_: float = 0.95
+    """Lambda of the lambda-returns."""
+    entropy_weight: float = 0.001
+    """Weight of the policy's entropy in the loss."""
+    max_grad_norm: float = 10.0
+    """Gradients are scaled down to this norm, in all three phases."""
+    accumulate: int = 0
+    """Parts that the tokenizer's and world model's batches are split into to save memory, their gradients added up; 0
+    is 1 on a GPU, and on a CPU as many as keep a part at 32 frames or 16 sequences."""
+
+    eval_every: int = 5
+    """Epochs from one evaluation to the next."""
+    test_episodes: int = 16
+    """Whole games played in each."""
+    test_envs: int = 8
+    """Games played side by side."""
+    test_temperature: float = 0.5
+    """Temperature of the policy in tests."""
+    test_noop_max: int = 1
+    """Test games begin with 1 to this many no-ops."""
+    test_max_frames: int = 108_000
+    """Raw Atari frames after which a test game is cut off (half an hour)."""
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
+    actor_critic: ActorCriticConfig = field(default_factory=ActorCriticConfig)
+
+
+PRESETS = {
+    "paper": Args(),
+    # Two CPU cores, about two hours. Pixels are what costs, so nothing but a few convolutions works at full size.
+    "laptop": Args(
+        preset="laptop",
+        epochs=60, collect_epochs=50, collect_steps=200, max_frames=10_000, test_max_frames=10_000,
+        tokenizer_from=2, tokenizer_steps=200, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
+        world_model_from=6, world_model_steps=100, world_model_batch_size=16, world_model_learning_rate=5e-4,
+        actor_critic_from=11, actor_critic_steps=50, actor_critic_batch_size=32, actor_critic_learning_rate=5e-4,
+        horizon=10, burn_in=5, entropy_weight=0.005, eval_every=10, test_episodes=8,
+        tokenizer=TokenizerConfig(
+            code_dim=64, channels=(16, 32, 64, 64, 64), blocks=(0, 0, 1, 1, 1), attention_at=(8,),
+            standardize=True,
+        ),
+        world_model=WorldModelConfig(max_blocks=10, layers=3, width=128),
+        actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=256),
+    ),
+}  # fmt: skip
+
+
+def parse_args(argv: list[str]) -> Args:
+    """The command line -> Args. Explicit flags override a preset, or the arguments of a run that is resumed."""
+
+    @dataclass
+    class First:  # the two flags that decide where the others start
+        preset: Literal["paper", "laptop"] = "paper"
+        resume: str = ""
+
+    asks_for_help = {"-h", "--help"} & set(argv)
+    first, _ = tyro.cli(First, args=[a for a in argv if a not in asks_for_help], return_unknown_args=True)
+    if not first.resume or asks_for_help:
+        return tyro.cli(Args, default=PRESETS[first.preset], args=argv)
+    saved = args_from_dict(read_checkpoint(checkpoint_path(first.resume)), first.resume)
+    args = tyro.cli(Args, default=saved, args=argv)
+    for name in ("env_id", "preset", "seed", "perceptual_loss", "tokenizer", "world_model", "actor_critic"):
+        old, new = getattr(saved, name), getattr(args, name)
+        if old != new:
+            raise IrisError(f"{first.resume} is a run with {name} {old}, not {new}: leave that out, or start a new run")
+    return args
+
+
+def args_from_dict(checkpoint: dict, source: Path | str) -> Args:
+    """Args as they stand in a run's checkpoint. Raises IrisError if they are not this program's."""
+    try:
+        values = dict(checkpoint["args"])
+        for name, config in (
+            ("tokenizer", TokenizerConfig), ("world_model", WorldModelConfig), ("actor_critic", ActorCriticConfig)
+        ):  # fmt: skip
+            values[name] = config(**values[name])
+        return Args(**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise IrisError(f"{source} is no checkpoint of an IRIS run of this version ({error})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environment (paper, appendix A.4)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class AtariFrames(gym.Wrapper):
+    """A `...NoFrameskip-v4` game as IRIS sees it: an action lasts 4 screens, a frame is the maximum of the last two.
+
+    With `life_loss_ends`, losing a life ends the episode, but not the game: `info["life_lost"]` is then True, and a
+    `reset()` without a seed plays on with one no-op step. A `reset(seed=...)` always begins a new game.
+    """
+
+    def __init__(self, env: gym.Env, noop_max: int, life_loss_ends: bool):
+        super().__init__(env)
+        self.noop_max, self.life_loss_ends, self.life_lost = noop_max, life_loss_ends, False
+        self.observation_space = gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if self.life_lost and seed is None:
+            frame, _, terminated, truncated, info = self.step(0)
+            if not (terminated or truncated):
+                return frame, info
+        screen, info = self.env.reset(seed=seed, options=options)
+        for _ in range(self.np_random.integers(1, self.noop_max + 1)):
+            screen, _, terminated, truncated, info = self.env.step(0)
+            if terminated or truncated:
+                screen, info = self.env.reset(options=options)
+        self.lives, self.life_lost = self.unwrapped.ale.lives(), False
+        return resize_frame(torch.from_numpy(screen)).numpy(), info
+
+    def step(self, action: int):
+        screens, total = [], 0.0
+        for _ in range(4):
+            screen, reward, terminated, truncated, info = self.env.step(action)
+            screens.append(screen)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        # Resized first, then the maximum: the other order gives another picture of what flickers.
+        frame = np.maximum.reduce([resize_frame(torch.from_numpy(screen)).numpy() for screen in screens[-2:]])
+        lives = self.unwrapped.ale.lives()
+        self.life_lost = self.life_loss_ends and 0 < lives < self.lives and not (terminated or truncated)
+        self.lives = lives
+        return frame, total, terminated or self.life_lost, truncated, {**info, "life_lost": self.life_lost}
+
+
+def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_loss_ends: bool = False) -> gym.Env:
+    """Any gymnasium game with frames (64, 64, 3) uint8 and Discrete actions. The defaults are those of a test game.
+
+    `noop_max`, `max_frames` and `life_loss_ends` speak of `{Game}NoFrameskip-v4` ids; other ids keep their own rules
+    and have their image resized. Raises IrisError for an unknown id, other actions, or no image.
+    """
+    gym.register_envs(ale_py)
+    gym.logger.min_level = gym.logger.ERROR  # else each game complains that a v5 exists, which has sticky actions
+    is_atari = env_id.endswith("NoFrameskip-v4")
+    try:
+        env = gym.make(env_id, **({"max_num_frames_per_episode": max_frames} if is_atari else {}))
+    except (gym.error.UnregisteredEnv, gym.error.DependencyNotInstalled, ImportError, ValueError) as error:
+        raise IrisError(f"no environment {env_id!r}: {unknown_env_hint(env_id, error)}") from error
+    space, actions = env.observation_space, env.action_space
+    if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
+        raise IrisError(f"{env_id} has the action space {actions}; IRIS needs Discrete(n): wrap the environment")
+    if is_atari:
+        return AtariFrames(env, noop_max, life_loss_ends)
+    shape = space.shape if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 else ()
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3)):
+        raise IrisError(f"{env_id} observes {space}; IRIS needs an image (H, W[, 1 or 3]) of uint8: wrap the environment")
+
+    def prepare(image: np.ndarray) -> np.ndarray:
+        image = image.reshape(*image.shape[:2], -1)  # (H, W, 1 or 3)
+        return resize_frame(torch.from_numpy(np.repeat(image, 3 // image.shape[2], axis=2))).numpy()
+
+    return gym.wrappers.TransformObservation(
+        env, prepare, gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
+    )
+
+
+def unknown_env_hint(env_id: str, error: Exception) -> str:
+    """One line on what might have been meant."""
+    if isinstance(error, ImportError | ValueError | gym.error.DependencyNotInstalled):
+        return " ".join(str(error).split())
+    lower = {name.lower(): name for name in gym.registry}
+    known = sorted(lower, key=lambda name: "noframeskip-v4" not in name)
+    near = difflib.get_close_matches(env_id.lower(), known, n=3, cutoff=0.5)
+    games = [name for name in known if name.endswith("noframeskip-v4")]
+    near = near or difflib.get_close_matches(f"{env_id.lower()}noframeskip-v4", games, n=3, cutoff=0.3)
+    return "did you mean " + ", ".join(lower[name] for name in near) + "?" if near else "see gymnasium.registry"
+
+
+def human_normalised(env_id: str, mean_return: float) -> float | None:
+    """0 is a random player, 1 a human one; None for a game without published scores (results/published_scores.csv)."""
+    path = Path(__file__).parent / "results" / "published_scores.csv"
+    if not path.exists():
+        return None
+    game = env_id.split("/")[-1].split("-")[0].removesuffix("NoFrameskip")
+    rows = (line.split(",") for line in path.read_text().splitlines())
+    scores = {method: float(score) for name, method, score in rows if name == game}
+    return (mean_return - scores["random"]) / (scores["human"] - scores["random"]) if scores else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replay
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Replay:
+    """All steps played, in order, in append-only files that are read through memory maps.
+
+    Step t holds the frame seen, the action taken at it, the reward this brought and whether the episode ended with it;
+    an episode is what lies between two ends. 100,000 steps take 1.23 GB on disk and hardly any memory. Plain appending
+    rather than a map to write through, because a full disk then is an error and not a crash.
+    """
+
+    COLUMNS = {"frames": ("u1", (FRAME_SIZE, FRAME_SIZE, 3)), "actions": ("<i8", ()), "rewards": ("<f4", ()), "ends": ("u1", ())}
+
+    def __init__(self, folder: Path, length: int = 0):
+        """Opens the files in `folder`, made if need be, and forgets whatever lies behind the first `length` steps."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.files = {}
+        for name, (dtype, shape) in self.COLUMNS.items():
+            path, wanted = folder / f"{name}.bin", length * int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
+            path.touch()
+            if path.stat().st_size < wanted:
+                raise IrisError(f"{path} is shorter than its checkpoint says: the run can't be resumed")
+            os.truncate(path, wanted)
+            self.files[name] = open(path, "ab")
+        self.flush()
+
+    def append(self, frame: np.ndarray, action: int, reward: float, end: bool) -> None:
+        """One step; it can be read after the next `flush`."""
+        for name, value in (("frames", frame), ("actions", action), ("rewards", reward), ("ends", end)):
+            self.files[name].write(np.asarray(value, dtype=self.COLUMNS[name][0]).tobytes())
+
+    def flush(self, to_disk: bool = False) -> None:
+        """Makes appended steps readable, and with `to_disk` safe against a power cut."""
+        for name, (dtype, shape) in self.COLUMNS.items():
+            self.files[name].flush()
+            if to_disk:
+                os.fsync(self.files[name].fileno())
+            path = self.files[name].name
+            empty = os.path.getsize(path) == 0  # an empty file can't be mapped
+            column = np.empty(0, dtype) if empty else np.memmap(path, dtype, mode="r")
+            setattr(self, name, column.reshape(-1, *shape))
+        stops = np.flatnonzero(self.ends) + 1
+        if len(self) > (stops[-1] if len(stops) else 0):
+            stops = np.append(stops, len(self))  # the episode that still goes on
+        self.starts, self.stops = np.concatenate([[0], stops[:-1]]).astype(np.int64), stops  # (episodes,)
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def sample(self, rng: np.random.Generator, n: int, length: int, anchor: str) -> tuple[np.ndarray, np.ndarray]:
+        """n segments -> indices of steps (n, length), and mask (n, length), False where a segment sticks out.
+
+        An episode is drawn uniformly, whatever its length. Then, with anchor "start", the first step is uniform over
+        it, and padding is on the right (tokenizer, world model); with "stop" the last step is, and padding is on the
+        left (actor-critic). Padded places hold the index of some step of the same episode.
+        """
+        episodes = rng.integers(len(self.starts), size=n)
+        starts, stops = self.starts[episodes, None], self.stops[episodes, None]  # (n, 1)
+        chosen = rng.integers(starts, stops)  # (n, 1)
+        offsets = np.arange(length) if anchor == "start" else np.arange(1 - length, 1)
+        indices = chosen + offsets  # (n, length)
+        return np.clip(indices, starts, stops - 1), (indices >= starts) & (indices < stops)
+
+    def frames_at(self, indices: np.ndarray, device: torch.device) -> Tensor:
+        """Steps (...) -> their frames (..., 3, 64, 64) in [0, 1], on the device."""
+        return to_model(torch.from_numpy(self.frames[indices]).to(device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state of a run, and the phases of an epoch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """All that changes while training. A checkpoint holds it; `replay` lies beside the checkpoint."""
+
+    args: Args
+    folder: Path
+    device: torch.device
+    bf16: bool
+    agent: Agent
+    optimizers: dict[str, torch.optim.Optimizer]
+    lpips: Lpips | None
+    env: gym.Env
+    replay: Replay
+    rng: np.random.Generator  # all draws outside of torch: segments, epsilon, seeds
+    epoch: int = 0  # the last one that is complete
+    game_seed: int = -1  # of the training game that is being played; -1 before the first
+    game_start: int = 0  # the step at which it began
+    frame: np.ndarray | None = None  # what it shows now, (64, 64, 3) uint8
+    tokens: Tensor | None = None  # the replay's, (steps, K) int64 on the device
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of each phase, for the time left
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def collect(run: Run) -> dict[str, float]:
+    """Plays `collect_steps` of the training game into the replay; returns and lengths of the episodes that ended."""
+    args, agent, device = run.args, run.agent.eval(), run.device
+    if run.frame is None:
+        new_game(run)
+    # What the LSTM remembers was computed by an older tokenizer and an older LSTM: warm it up anew on the latest frames.
+    start = len(run.replay) if len(run.replay) == 0 or run.replay.ends[-1] else int(run.replay.starts[-1])
+    recent = run.replay.frames_at(np.arange(max(start, len(run.replay) - args.burn_in), len(run.replay)), device)[None]
+    with run.autocast(), torch.no_grad():
+        state = agent.actor_critic.initial_state(1)
+        if recent.shape[1] > 0:
+            seen = torch.ones(recent.shape[:2], dtype=torch.bool, device=device)
+            state = agent.actor_critic.warm_up(agent.tokenizer.reconstruct(recent[0])[None], seen)
+
+    ended = []
+    for step in trange(len(run.replay), len(run.replay) + args.collect_steps, desc="collect", leave=False, disable=None):
+        with run.autocast():
+            actions, state = agent.act(
+                to_model(torch.from_numpy(run.frame)[None].to(device)), state, args.collect_temperature
+            )
+        action = int(actions)
+        if run.rng.random() < args.collect_epsilon:
+            action = int(run.rng.integers(run.env.action_space.n))
+        frame, reward, terminated, truncated, info = run.env.step(action)
+        run.replay.append(run.frame, action, float(reward), terminated or truncated)
+        run.frame = frame
+        if terminated or truncated:
+            ended.append((start, step + 1))
+            start = step + 1
+            state = agent.actor_critic.initial_state(1)
+            if info.get("life_lost"):
+                run.frame, _ = run.env.reset()
+            else:
+                new_game(run, start)
+    run.replay.flush()
+    for begin, stop in ended:
+        columns = {name: np.array(getattr(run.replay, name)[begin:stop]) for name in Replay.COLUMNS}
+        save_episode(run.folder / "media/episodes/train", f"step_{begin:07d}", columns)
+    if not ended:
+        return {}
+    returns = [float(run.replay.rewards[begin:stop].sum()) for begin, stop in ended]
+    lengths = [stop - begin for begin, stop in ended]
+    return {"train/return": np.mean(returns), "train/length": np.mean(lengths), "train/episodes": len(ended)}
+
+
+def new_game(run: Run, start: int = 0) -> None:
+    """Resets the training game with a seed of its own, so that a resumed run can play it again from there."""
+    run.game_seed, run.game_start = int(run.rng.integers(2**31)), start
+    run.frame, _ = run.env.reset(seed=run.game_seed)
+
+
+def replay_game(run: Run) -> None:
+    """Brings the environment of a resumed run to where it stood: the same seed, and the recorded actions since then."""
+    if run.game_seed < 0:
+        return
+    frame, _ = run.env.reset(seed=run.game_seed)
+    for step in range(run.game_start, len(run.replay)):
+        if not np.array_equal(frame, run.replay.frames[step]):
+            raise IrisError(f"{run.args.env_id} does not repeat itself from its seed: the run can't be resumed exactly")
+        frame, _, terminated, truncated, _ = run.env.step(int(run.replay.actions[step]))
+        if terminated or truncated:
+            frame, _ = run.env.reset()
+    run.frame = frame
+
+
+def optimise(
+    run: Run, name: str, steps: int, parts: int, losses_of_a_part: Callable[[], tuple[dict, dict]]
+) -> dict[str, float]:
+    """The inside of each training phase: `steps` optimiser steps on one component, means of what was logged.
+
+    Nothing is read back from the device until the end, so a loss that is not finite is found then; the checkpoint of
+    the epoch before is still the last one. Raises IrisError with component, epoch and step in that case.
+    """
+    component, optimizer = getattr(run.agent, name), run.optimizers[name]
+    component.train()
+    logged: dict[str, list[Tensor]] = defaultdict(list)
+    began = time.perf_counter()
+    for _ in trange(steps, desc=name.replace("_", " "), leave=False, disable=None):
+        optimizer.zero_grad()
+        for _ in range(parts):
+            with run.autocast():
+                losses, metrics = losses_of_a_part()
+            total = sum(losses.values())
+            (total / parts).backward()
+            for key, value in {**losses, "loss": total, **metrics}.items():
+                logged[key].append(value.detach())
+        # A norm that is not finite would spoil the weights while every loss still looks well, so it is logged, and
+        # checked, like a loss.
+        norm = nn.utils.clip_grad_norm_(component.parameters(), run.args.max_grad_norm)
+        logged["grad_norm"].append(norm.detach())
+        optimizer.step()
+    component.eval()
+    columns = {key: torch.stack(values).float().cpu() for key, values in logged.items()}
+    for key, values in columns.items():
+        if not values.isfinite().all():
+            step = int((~values.isfinite()).nonzero()[0, 0]) * steps // len(values) + 1
+            what = name.replace("_", " ")
+            raise IrisError(
+                f"the {what}'s {key} is not finite in epoch {run.epoch + 1}, step {step}. The checkpoint of epoch "
+                f"{run.epoch} is kept: try a lower learning rate or --precision fp32 with --resume {run.folder}"
+            )
+    speed = steps / (time.perf_counter() - began)
+    return {f"{name}/{key}": float(values.mean()) for key, values in columns.items()} | {f"speed/{name}": speed}
+
+
+def parts_of(run: Run, batch_size: int, fits_a_cpu: int) -> int:
+    """Into how many parts a batch is split (see Args.accumulate)."""
+    return run.args.accumulate or (-(-batch_size // fits_a_cpu) if run.device.type == "cpu" else 1)
+
+
+def train_tokenizer(run: Run) -> dict[str, float]:
+    """Phase 1: learn to write frames as tokens, and to paint them back."""
+    tokenizer, batch_size = run.agent.tokenizer, run.args.tokenizer_batch_size
+    parts = parts_of(run, batch_size, fits_a_cpu=32)
+    if tokenizer.config.standardize and not tokenizer.standardized:
+        indices, _ = run.replay.sample(run.rng, min(1024, len(run.replay)), 1, "start")
+        tokenizer.fit_statistics(run.replay.frames_at(indices[:, 0], run.device))
+
+    def losses():
+        indices, _ = run.replay.sample(run.rng, max(1, batch_size // parts), 1, "start")
+        return tokenizer.loss(run.replay.frames_at(indices[:, 0], run.device), run.lpips), {}
+
+    run.tokens = None  # they were another tokenizer's
+    return optimise(run, "tokenizer", run.args.tokenizer_steps, parts, losses)
+
+
+def encode_replay(run: Run) -> dict[str, float]:
+    """Between the phases: the tokens of all frames. Both later phases read them, so a frame is encoded once an epoch
+    at most, not once a sample (525,000 times an epoch at the paper's sizes)."""
+    known = [] if run.tokens is None else [run.tokens]
+    first = len(known[0]) if known else 0
+    for start in range(first, len(run.replay), 256):
+        with run.autocast():
+            frames = run.replay.frames_at(np.arange(start, min(start + 256, len(run.replay))), run.device)
+            known.append(run.agent.tokenizer.encode(frames))
+    run.tokens = torch.cat(known)
+    shares = run.tokens.flatten().bincount(minlength=run.args.tokenizer.vocab_size).double() / run.tokens.numel()
+    perplexity = torch.special.entr(shares).sum().exp()
+    return {"codes/in_use": float((shares > 0).sum()), "codes/perplexity": float(perplexity)}
+
+
+def train_world_model(run: Run) -> dict[str, float]:
+    """Phase 2: learn how the tokens go on."""
+    batch_size, parts = run.args.world_model_batch_size, parts_of(run, run.args.world_model_batch_size, fits_a_cpu=16)
+
+    def tokens_at(indices: np.ndarray) -> Tensor:
+        return run.tokens[torch.from_numpy(indices).to(run.device)]
+
+    def losses():
+        return run.agent.world_model.loss(*sequences(run, run.replay, max(1, batch_size // parts), tokens_at)), {}
+
+    return optimise(run, "world_model", run.args.world_model_steps, parts, losses)
+
+
+def sequences(run: Run, replay: Replay, n: int, tokens_at: Callable[[np.ndarray], Tensor]) -> list[Tensor]:
+    """n segments as `WorldModel.loss` wants them: tokens (n, L, K), actions, rewards, ends and mask (n, L)."""
+    indices, mask = replay.sample(run.rng, n, run.args.world_model.max_blocks, "start")
+    columns = replay.actions[indices], replay.rewards[indices], replay.ends[indices], mask
+    return [tokens_at(indices), *(torch.from_numpy(column).to(run.device) for column in columns)]
+
+
+def train_actor_critic(run: Run) -> dict[str, float]:
+    """Phase 3: learn to act, in dreams."""
+    args = run.args
+
+    def losses():
+        rollout = dream_on(run, args.actor_critic_batch_size)
+        return actor_critic_loss(rollout, args.gamma, args.lambda_, args.entropy_weight)
+
+    return optimise(run, "actor_critic", args.actor_critic_steps, 1, losses)
+
+
+def dream_on(run: Run, n: int):
+    """n imagined episodes that begin somewhere in the replay (a `Rollout`)."""
+    args, agent = run.args, run.agent
+    indices, mask = run.replay.sample(run.rng, n, args.burn_in + 1, "stop")
+    tokens = run.tokens[torch.from_numpy(indices).to(run.device)]  # (n, burn_in + 1, K)
+    mask = torch.from_numpy(mask).to(run.device)
+    state = agent.actor_critic.initial_state(n)
+    if args.burn_in:
+        with torch.no_grad():  # in parts of 256 frames, for a decoder's activations are large
+            parts = [agent.tokenizer.decode(part) for part in tokens[:, :-1].flatten(0, 1).split(256)]
+        state = agent.actor_critic.warm_up(torch.cat(parts).unflatten(0, (n, args.burn_in)), mask[:, :-1])
+    dream = Dream(agent.tokenizer, agent.world_model)
+    return imagine(agent.actor_critic, dream, dream.reset_from_tokens(tokens[:, -1]), state, args.horizon)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+KEPT_TEST_STEPS = 2000  # of each test episode, for losses and media; half an hour of frames would fill the memory
+
+
+@torch.no_grad()
+def play_test_episodes(
+    agent: Agent, args: Args, device: torch.device, seed: int, episodes: int, temperature: float
+) -> list[dict]:
+    """Whole games, side by side -> for each: return, length, and the columns of its first 2,000 steps.
+
+    Each environment plays its fixed share of the episodes: to stop at the first so many that end would favour short,
+    that is bad, games.
+    """
+    n = min(args.test_envs, episodes)
+    envs = gym.vector.SyncVectorEnv(
+        [lambda: make_env(args.env_id, args.test_noop_max, args.test_max_frames)] * n,
+        autoreset_mode=gym.vector.AutoresetMode.DISABLED,
+    )
+    shares = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
+    frames, _ = envs.reset(seed=[seed + i for i in range(n)])
+    state, played = agent.actor_critic.initial_state(n), []
+    going = [defaultdict(list) for _ in range(n)]
+    with trange(episodes, desc="test episodes", leave=False, disable=None) as bar:
+        while (active := np.flatnonzero(shares > 0)).size:
+            where = torch.from_numpy(active).to(device)
+            seen = to_model(torch.from_numpy(frames[active]).to(device))
+            chosen, after = agent.act(seen, tuple(x[where] for x in state), temperature)
+            state = tuple(x.index_copy(0, where, new.to(x.dtype)) for x, new in zip(state, after, strict=True))
+            actions = np.zeros(n, dtype=np.int64)
+            actions[active] = chosen.cpu().numpy()
+            next_frames, rewards, terminated, truncated, _ = envs.step(actions)
+            done = terminated | truncated
+            for i in active:
+                game = going[i]
+                game["all_rewards"].append(float(rewards[i]))
+                if len(game["frames"]) < KEPT_TEST_STEPS:
+                    for name, value in zip(Replay.COLUMNS, (frames[i], actions[i], rewards[i], done[i]), strict=True):
+                        game[name].append(value)
+                if done[i]:
+                    columns = {name: np.array(game[name], dtype) for name, (dtype, _) in Replay.COLUMNS.items()}
+                    played.append(columns | {"return": sum(game["all_rewards"]), "length": len(game["all_rewards"])})
+                    going[i] = defaultdict(list)
+                    shares[i] -= 1
+                    state = tuple(x.index_fill(0, torch.tensor([i], device=device), 0.0) for x in state)
+                    bar.update()
+            frames = envs.reset(options={"reset_mask": done})[0] if done.any() else next_frames
+    envs.close()
+    return played
+
+
+@torch.no_grad()
+def evaluate(run: Run, writer) -> dict[str, float]:
+    """Test episodes, the models' losses on them, and pictures: reconstructions and imagined episodes."""
+    args, agent, epoch = run.args, run.agent.eval(), run.epoch + 1
+    seed = int(run.rng.integers(2**31))
+    with run.autocast():
+        played = play_test_episodes(agent, args, run.device, seed, args.test_episodes, args.test_temperature)
+    returns = np.array([game["return"] for game in played])
+    metrics = {
+        "test/return": returns.mean(), "test/return_median": np.median(returns), "test/return_std": returns.std(),
+        "test/length": np.mean([game["length"] for game in played]),
+    }  # fmt: skip
+    if (score := human_normalised(args.env_id, returns.mean())) is not None:
+        metrics["test/human_normalised_score"] = score
+    for i, game in enumerate(played):
+        save_episode(run.folder / "media/episodes/test", f"epoch_{epoch:04d}_{i:02d}", game)
+
+    # Losses on games that were not trained on, drawn as in training.
+    with tempfile.TemporaryDirectory() as folder, run.autocast():
+        test = Replay(Path(folder))
+        for game in played:
+            for step in range(len(game["frames"])):
+                end = game["ends"][step] or step + 1 == len(game["frames"])
+                test.append(game["frames"][step], game["actions"][step], game["rewards"][step], end)
+        test.flush()
+
+        def encode_test(indices: np.ndarray) -> Tensor:
+            frames = test.frames_at(indices.ravel(), run.device)
+            return agent.tokenizer.encode(frames).unflatten(0, indices.shape)  # (n, L, K)
+
+        batches = defaultdict(list)
+        for _ in range(4):
+            indices, _ = test.sample(run.rng, min(64, args.tokenizer_batch_size), 1, "start")
+            frames = test.frames_at(indices[:, 0], run.device)
+            if epoch >= args.tokenizer_from:
+                for key, value in agent.tokenizer.loss(frames, run.lpips).items():
+                    batches[f"tokenizer_test/{key}"].append(float(value))
+            if epoch >= args.world_model_from:
+                segments = sequences(run, test, min(16, args.world_model_batch_size), encode_test)
+                for key, value in agent.world_model.loss(*segments).items():
+                    batches[f"world_model_test/{key}"].append(float(value))
+        metrics |= {key: np.mean(values) for key, values in batches.items()}
+
+        if epoch >= args.tokenizer_from:
+            originals = test.frames_at(np.linspace(0, len(test) - 1, 8).astype(int), run.device)
+            pair = [originals.cpu(), agent.tokenizer.reconstruct(originals).cpu()]
+            save_picture(run.folder / f"media/reconstructions/epoch_{epoch:04d}.png", pair)
+            writer.add_images("reconstructions", torch.cat(pair), epoch)
+        if epoch >= args.world_model_from:
+            rollout = dream_on(run, 4)
+            strip = to_stored(torch.stack(rollout.frames, dim=1)).cpu().numpy()  # (4, horizon, 64, 64, 3)
+            for i in range(len(strip)):
+                ends = rollout.ends[i].cpu().numpy()
+                columns = {
+                    "frames": strip[i], "actions": rollout.actions[i].cpu().numpy(),
+                    "rewards": rollout.rewards[i].cpu().numpy(), "ends": ends.astype(np.uint8),
+                }  # fmt: skip
+                save_episode(run.folder / "media/episodes/imagination", f"epoch_{epoch:04d}_{i:02d}", columns)
+            writer.add_image("imagined_episode", np.concatenate(list(strip[0]), axis=1), epoch, dataformats="HWC")
+    return metrics
+
+
+def save_episode(folder: Path, name: str, columns: dict[str, np.ndarray]) -> None:
+    """Keeps an episode as `.npz` (frames, actions, rewards, ends, return); of all, the last ten and the best stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    total = float(columns.get("return", columns["rewards"].sum()))
+    content = {key: columns[key] for key in Replay.COLUMNS} | {"return": total}
+
+    def write(path: Path) -> None:
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **content)
+        temporary.replace(path)
+
+    write(folder / f"{name}.npz")
+    best = folder / "best.npz"
+    if not best.exists() or total > float(np.load(best)["return"]):
+        write(best)
+    for old in sorted(path for path in folder.glob("*.npz") if path != best)[:-10]:
+        old.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_path(run_or_checkpoint: Path | str) -> Path:
+    """A run's folder, or a checkpoint itself -> the checkpoint."""
+    path = Path(run_or_checkpoint)
+    return path / "checkpoint.pt" if path.is_dir() else path
+
+
+def save_checkpoint(run: Run) -> None:
+    """Writes all that resuming needs but the replay, so that a kill at any moment leaves a whole checkpoint behind.
+
+    The replay goes to disk first. Then a file beside the checkpoint is written, synced, and renamed over it.
+    """
+    run.replay.flush(to_disk=True)
+    content = {
+        "args": asdict(run.args),
+        "num_actions": run.agent.world_model.num_actions,
+        "epoch": run.epoch,
+        "agent": run.agent.state_dict(),
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
+        "replay_length": len(run.replay),
+        "game_seed": run.game_seed,
+        "game_start": run.game_start,
+        "numpy_rng": json.dumps(run.rng.bit_generator.state),
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if run.device.type == "cuda" else [],
+    }
+    temporary = run.folder / "checkpoint.tmp"
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(run.folder / "checkpoint.pt")
+    folder = os.open(run.folder, os.O_RDONLY)
+    os.fsync(folder)  # the new name, too, is on the disk only now
+    os.close(folder)
+
+
+def restore(run: Run, checkpoint: dict) -> None:
+    """Brings a run, just built from the same arguments, to where the checkpoint was written."""
+    run.agent.load_state_dict(checkpoint["agent"])
+    for name, optimizer in run.optimizers.items():
+        optimizer.load_state_dict(checkpoint["optimizers"][name])
+    run.epoch, run.game_seed, run.game_start = (checkpoint[key] for key in ("epoch", "game_seed", "game_start"))
+    if run.epoch < run.args.collect_epochs:
+        replay_game(run)
+    # Last, because building and replaying may have drawn random numbers.
+    run.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
+    torch.set_rng_state(checkpoint["torch_rng"])
+    if run.device.type == "cuda" and checkpoint["cuda_rng"]:
+        torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+
+
+def build_agent(args: Args, num_actions: int) -> Agent:
+    return Agent(
+        Tokenizer(args.tokenizer),
+        WorldModel(args.tokenizer.vocab_size, num_actions, args.world_model),
+        ActorCritic(num_actions, args.actor_critic),
+    )
+
+
+def load_agent(run_or_checkpoint: Path | str) -> tuple[Agent, Args]:
+    """A run's folder, its checkpoint, or a published checkpoint -> the agent, in evaluation mode on the CPU, and Args.
+
+    Of a published one, Args are the paper's, and the game is what its file is called (Breakout.pt). Raises IrisError.
+    """
+    path = checkpoint_path(run_or_checkpoint)
+    content = read_checkpoint(path)
+    if "agent" not in content:
+        return agent_from_official(content, str(path)), Args(env_id=f"{path.stem}NoFrameskip-v4")
+    args = args_from_dict(content, path)
+    agent = build_agent(args, content["num_actions"])
+    agent.load_state_dict(content["agent"])
+    return agent.eval(), args
+
+
+def init_from(agent: Agent, args: Args) -> None:
+    """Copies the chosen parts of another agent into this one (`--init-from`). Raises IrisError where they don't fit."""
+    source, _ = load_agent(args.init_from)
+    ours, theirs = agent.world_model.num_actions, source.world_model.num_actions
+    for name in ("tokenizer", "world_model", "actor_critic"):
+        if not getattr(args, f"load_{name}"):
+            continue
+        if ours != theirs and name != "tokenizer":
+            raise IrisError(
+                f"{args.init_from} knows {theirs} actions and {args.env_id} has {ours}: take its tokenizer alone, with "
+                "--no-load-world-model --no-load-actor-critic"
+            )
+        try:
+            getattr(agent, name).load_state_dict(getattr(source, name).state_dict())
+        except RuntimeError as error:
+            raise IrisError(
+                f"the {name} of {args.init_from} has other sizes than this run's: give it the same --{name}... or use "
+                f"--no-load-{name.replace('_', '-')}"
+            ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def choose_device(args: Args) -> torch.device:
+    """The device that --device names. Raises IrisError if there is none such."""
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise IrisError(f"--device {name} is not to be had here: leave it out, or use --device cpu") from error
+
+
+def choose_precision(args: Args, device: torch.device) -> bool:
+    """True for bfloat16. A CPU has it if it multiplies in it; else it would be slower than float32."""
+    if args.precision != "auto":
+        return args.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def choose_perceptual_loss(args: Args) -> Lpips | None:
+    """Settles args.perceptual_loss on lpips or pixel, and returns the network if it is lpips."""
+    if args.perceptual_loss == "pixel":
+        return None
+    try:
+        lpips = load_lpips()
+        args.perceptual_loss = "lpips"
+        return lpips
+    except IrisError as error:
+        if args.perceptual_loss == "lpips":
+            raise
+        args.perceptual_loss = "pixel"
+        print(f"warning: training with the pixel loss instead of the paper's perceptual loss: {error}", file=sys.stderr)
+        return None
+
+
+def build(args: Args) -> Run:
+    """Everything a run needs, from its arguments: fresh, or from where a resumed one stood."""
+    torch.manual_seed(args.seed)
+    device = choose_device(args)
+    env = make_env(args.env_id, args.noop_max, args.max_frames, life_loss_ends=True)
+    checkpoint = read_checkpoint(checkpoint_path(args.resume)) if args.resume else None
+    lpips = choose_perceptual_loss(args)
+    agent = build_agent(args, int(env.action_space.n))
+    if checkpoint and checkpoint["num_actions"] != env.action_space.n:
+        raise IrisError(f"{args.resume} knows {checkpoint['num_actions']} actions, {args.env_id} has {env.action_space.n}")
+    if args.init_from and not args.resume:
+        init_from(agent, args)
+    agent.to(device)
+    optimizers = {
+        "tokenizer": torch.optim.Adam(agent.tokenizer.parameters(), lr=args.tokenizer_learning_rate),
+        "world_model": torch.optim.AdamW(
+            agent.world_model.parameter_groups(args.world_model_weight_decay), lr=args.world_model_learning_rate
+        ),
+        "actor_critic": torch.optim.Adam(agent.actor_critic.parameters(), lr=args.actor_critic_learning_rate),
+    }
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__iris__{args.seed}__{int(time.time())}"
+    folder = Path(args.resume or args.run_dir or f"runs/{name}")
+    if not args.resume and (folder / "checkpoint.pt").exists():
+        raise IrisError(f"{folder} holds a run already: go on with it with --resume {folder}, or name another --run-dir")
+    try:
+        replay = Replay(folder / "replay", checkpoint["replay_length"] if checkpoint else 0)
+    except OSError as error:
+        raise IrisError(f"can't write into the run folder {folder}: {error.strerror}; choose one with --run-dir") from error
+    run = Run(
+        args, folder, device, choose_precision(args, device), agent, optimizers,
+        lpips.to(device) if lpips else None, env, replay, np.random.default_rng(args.seed),
+    )  # fmt: skip
+    if checkpoint:
+        restore(run, checkpoint)
+    return run
+
+
+def write_args(run: Run) -> None:
+    """args.json: every argument as it was settled, the libraries' versions, the git commit."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")}
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    settled = {"device": str(run.device), "precision": "bf16" if run.bf16 else "fp32"}
+    content = asdict(run.args) | settled | {"versions": versions, "git_commit": git.stdout.strip() or None}
+    (run.folder / "args.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def start_writers(run: Run):
+    """The TensorBoard writer; with --track, Weights & Biases listens to it."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if run.args.track:
+        try:
+            import wandb
+        except ImportError as error:
+            raise IrisError("--track needs Weights & Biases: pip install wandb") from error
+        wandb.init(
+            project=run.args.wandb_project, entity=run.args.wandb_entity or None, name=run.folder.name,
+            id=run.folder.name, resume="allow", sync_tensorboard=True, config=asdict(run.args), save_code=True,
+        )  # fmt: skip
+    # Epochs that were begun and not finished before a kill are played again: purge_step hides their first version.
+    writer = SummaryWriter(str(run.folder), purge_step=run.epoch + 1)
+    rows = [f"|{key}|{value}|" for key, value in asdict(run.args).items()]
+    writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *rows]), run.epoch)
+    return writer
+
+
+def warn_of_the_wait(run: Run) -> None:
+    """The paper's sizes on a CPU: says, from one small batch of each phase, how long an epoch with all three takes."""
+    args, agent, seconds = run.args, run.agent, 0.0
+    k, length = args.world_model.tokens_per_frame, args.world_model.max_blocks
+    frames = torch.rand(4, 3, FRAME_SIZE, FRAME_SIZE)
+    tokens, steps = torch.zeros(2, length, k, dtype=torch.int64), torch.zeros(2, length, dtype=torch.int64)
+    dream = Dream(agent.tokenizer, agent.world_model)
+
+    def act():
+        with torch.no_grad():
+            agent.tokenizer.decode(torch.zeros(4 * args.burn_in, k, dtype=torch.int64))
+        shown = dream.reset_from_tokens(tokens[0, :4])
+        rollout = imagine(agent.actor_critic, dream, shown, agent.actor_critic.initial_state(4), args.horizon)
+        return actor_critic_loss(rollout, args.gamma, args.lambda_, args.entropy_weight)[0]
+
+    with torch.random.fork_rng():
+        for work, steps_an_epoch, scale in (
+            (lambda: agent.tokenizer.eval().loss(frames), args.tokenizer_steps, args.tokenizer_batch_size / 4),
+            (lambda: agent.world_model.eval().loss(tokens, steps, steps, steps, steps == 0), args.world_model_steps,
+             args.world_model_batch_size / 2),
+            (act, args.actor_critic_steps, args.actor_critic_batch_size / 4),
+        ):  # fmt: skip
+            began = time.perf_counter()
+            with run.autocast():
+                sum(work().values()).backward()
+            seconds += (time.perf_counter() - began) * steps_an_epoch * scale
+    agent.zero_grad()
+    print(
+        f"The paper's sizes on a CPU: an epoch with all three phases will take about {duration(seconds)} here, and there "
+        f"are {args.epochs} epochs. --preset laptop has sizes for a machine without a GPU.",
+        flush=True,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    minutes = int(seconds / 60)
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def schedule(args: Args) -> dict[str, Callable[[int], bool]]:
+    """Which phases an epoch has."""
+    return {
+        "collect": lambda epoch: epoch <= args.collect_epochs,
+        "tokenizer": lambda epoch: epoch >= args.tokenizer_from,
+        "encode": lambda epoch: epoch >= args.tokenizer_from,
+        "world_model": lambda epoch: epoch >= args.world_model_from,
+        "actor_critic": lambda epoch: epoch >= args.actor_critic_from,
+        "evaluate": lambda epoch: epoch % args.eval_every == 0,
+    }
+
+
+def time_left(run: Run) -> str:
+    """From the latest durations of each phase; a lower bound while a phase that is to come has not been seen."""
+    seconds, unseen = 0.0, False
+    for name, is_due in schedule(run.args).items():
+        due, seen = sum(map(is_due, range(run.epoch + 1, run.args.epochs + 1))), run.seconds[name][-5:]
+        unseen |= due > 0 and not seen
+        seconds += due * sum(seen) / max(1, len(seen))
+    return f"{'over ' if unseen else ''}{duration(seconds)} left"
+
+
+def summary(run: Run, metrics: dict[str, float], seconds: float) -> str:
+    """An epoch in one line."""
+    shown = {
+        "train/return": "train return {:.2f}", "tokenizer/loss": "tokenizer {:.4f}", "codes/in_use": "{:.0f} codes",
+        "world_model/loss": "world model {:.3f}", "actor_critic/imagined_reward": "imagined reward {:.4f}",
+        "actor_critic/policy_entropy": "entropy {:.3f}", "test/return": "test return {:.2f}",
+    }  # fmt: skip
+    parts = [text.format(metrics[key]) for key, text in shown.items() if key in metrics]
+    head = f"epoch {run.epoch}/{run.args.epochs}  steps {len(run.replay)}"
+    return "  ".join([head, *parts, duration(seconds), time_left(run)])
+
+
+def main(args: Args) -> None:
+    """Trains IRIS. Raises IrisError for what the user can put right, KeyboardInterrupt when stopped."""
+    run = build(args)
+    write_args(run)
+    writer = start_writers(run)
+    print(f"Run folder: {run.folder}   (tensorboard --logdir {run.folder.parent})", flush=True)
+    if run.epoch == 0:
+        save_checkpoint(run)
+    if args.preset == "paper" and run.device.type == "cpu":
+        warn_of_the_wait(run)
+    phases = {
+        "collect": collect, "tokenizer": train_tokenizer, "encode": encode_replay, "world_model": train_world_model,
+        "actor_critic": train_actor_critic, "evaluate": lambda run: evaluate(run, writer),
+    }  # fmt: skip
+    try:
+        while run.epoch < args.epochs:
+            began, metrics = time.perf_counter(), {}
+            for name, is_due in schedule(args).items():
+                if is_due(run.epoch + 1):
+                    phase_began = time.perf_counter()
+                    metrics |= phases[name](run)
+                    run.seconds[name].append(time.perf_counter() - phase_began)
+                    metrics[f"seconds/{name}"] = run.seconds[name][-1]
+            run.epoch += 1
+            metrics["environment_steps"] = len(run.replay)
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, run.epoch)
+            writer.flush()
+            save_checkpoint(run)
+            print(summary(run, metrics, time.perf_counter() - began), flush=True)
+        print(f"Done: {run.epoch} epochs, {len(run.replay)} steps of the game. The agent is in {run.folder}/checkpoint.pt")
+    except KeyboardInterrupt:
+        print(
+            f"\nStopped in epoch {run.epoch + 1}. Epoch {run.epoch} is saved in {run.folder}; go on from there with\n"
+            f"  python iris_train.py --resume {run.folder}"
+        )
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise IrisError(
+            f"the disk is full. Epoch {run.epoch} is saved: make room, then --resume {run.folder}"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            writer.close()
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)  # a cluster's way to say Ctrl-C
+    try:
+        main(parse_args(sys.argv[1:]))
+    except IrisError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
