@@ -448,9 +448,9 @@ def download(url: str, target: Path) -> None:
 # The lesson: python iris_tokenizer.py
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Convolutions at 64x64 pixels are what a tokenizer costs. This one has no blocks at the two finest levels.
+# Convolutions at many pixels are what a tokenizer costs. This one has no blocks at the three finest levels.
 SMALL_TOKENIZER = TokenizerConfig(
-    code_dim=64, channels=(16, 32, 64, 64, 64), blocks=(0, 0, 1, 1, 1), attention_at=(8,), standardize=True
+    code_dim=64, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 1, 1), attention_at=(8,), standardize=True
 )
 
 

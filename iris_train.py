@@ -19,9 +19,10 @@ Read it:  arguments, environment, replay, then the phases in the order of the pi
 import contextlib
 import difflib
 import errno
-import importlib
+import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ class Args:
     device: str = "auto"
     """cuda, cpu, ...; auto takes a GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of convolutions and matrix products; auto is bf16 where the hardware has it, else fp32."""
+    """Type of convolutions and matrix products; auto is bf16 on a GPU that has it, else fp32."""
     perceptual_loss: Literal["auto", "lpips", "pixel"] = "auto"
     """lpips is the paper's and needs two weight files, pixel needs none; auto takes lpips if the files can be had."""
     run_dir: str = ""
@@ -170,9 +171,9 @@ PRESETS = {
     "laptop": Args(
         preset="laptop",
         epochs=60, collect_epochs=50, collect_steps=200, max_frames=10_000, test_max_frames=10_000,
-        tokenizer_from=2, tokenizer_steps=200, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
-        world_model_from=6, world_model_steps=100, world_model_batch_size=16, world_model_learning_rate=5e-4,
-        actor_critic_from=11, actor_critic_steps=50, actor_critic_batch_size=32, actor_critic_learning_rate=5e-4,
+        tokenizer_from=6, tokenizer_steps=200, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
+        world_model_from=16, world_model_steps=100, world_model_batch_size=16, world_model_learning_rate=5e-4,
+        actor_critic_from=21, actor_critic_steps=50, actor_critic_batch_size=32, actor_critic_learning_rate=5e-4,
         horizon=10, burn_in=5, entropy_weight=0.005, eval_every=10, test_episodes=8,
         tokenizer=TokenizerConfig(
             code_dim=64, channels=(16, 32, 64, 64, 64), blocks=(0, 0, 1, 1, 1), attention_at=(8,),
@@ -272,11 +273,14 @@ def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_los
     """
     gym.register_envs(ale_py)
     gym.logger.min_level = gym.logger.ERROR  # else each game complains that a v5 exists, which has sticky actions
-    is_atari = env_id.endswith("NoFrameskip-v4")
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     try:
-        env = gym.make(env_id, **({"max_num_frames_per_episode": max_frames} if is_atari else {}))
+        env = gym.make(env_id)
     except (gym.error.UnregisteredEnv, gym.error.DependencyNotInstalled, ImportError, ValueError) as error:
         raise IrisError(f"no environment {env_id!r}: {unknown_env_hint(env_id, error)}") from error
+    is_atari = env.spec.id.endswith("NoFrameskip-v4")
+    if is_atari:
+        env = gym.make(env.spec.id, max_num_frames_per_episode=max_frames)
     space, actions = env.observation_space, env.action_space
     if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
         raise IrisError(f"{env_id} has the action space {actions}; IRIS needs Discrete(n): wrap the environment")
@@ -299,12 +303,13 @@ def unknown_env_hint(env_id: str, error: Exception) -> str:
     """One line on what might have been meant."""
     if isinstance(error, ImportError | ValueError | gym.error.DependencyNotInstalled):
         return " ".join(str(error).split())
-    lower = {name.lower(): name for name in gym.registry}
-    known = sorted(lower, key=lambda name: "noframeskip-v4" not in name)
-    near = difflib.get_close_matches(env_id.lower(), known, n=3, cutoff=0.5)
-    games = [name for name in known if name.endswith("noframeskip-v4")]
-    near = near or difflib.get_close_matches(f"{env_id.lower()}noframeskip-v4", games, n=3, cutoff=0.3)
-    return "did you mean " + ", ".join(lower[name] for name in near) + "?" if near else "see gymnasium.registry"
+    suffix = "NoFrameskip-v4"
+    games = {name.removesuffix(suffix).lower(): name for name in gym.registry if name.endswith(suffix)}
+    others = {name.lower(): name for name in gym.registry}
+    bare = re.sub(r"(noframeskip)?(-v\d+)?$", "", env_id.split("/")[-1].lower())
+    near = [games[name] for name in difflib.get_close_matches(bare, games, n=2)]
+    near += [others[name] for name in difflib.get_close_matches(env_id.lower(), others, n=2)]
+    return f"did you mean {', '.join(dict.fromkeys(near))}?" if near else "gymnasium does not know it"
 
 
 def human_normalised(env_id: str, mean_return: float) -> float | None:
@@ -857,13 +862,10 @@ def choose_device(args: Args) -> torch.device:
 
 
 def choose_precision(args: Args, device: torch.device) -> bool:
-    """True for bfloat16. A CPU has it if it multiplies in it; else it would be slower than float32."""
-    if args.precision != "auto":
-        return args.precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    """True for bfloat16. `auto` takes it on a GPU that has it; on a CPU it gains little where it exists at all."""
+    if args.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return args.precision == "bf16"
 
 
 def choose_perceptual_loss(args: Args) -> Lpips | None:

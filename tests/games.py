@@ -1,0 +1,59 @@
+"""Small gymnasium games that the tests put in place of Atari; `tests.games:Name-v0` style ids import this file."""
+import gymnasium as gym
+import numpy as np
+
+
+class Counter(gym.Env):
+    """Shows how many steps the episode has had; ends after a random number of them (3 to 9), drawn from its seed."""
+
+    observation_space = gym.spaces.Box(0, 255, (32, 48, 3), np.uint8)
+    action_space = gym.spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count, self.length = 0, int(self.np_random.integers(3, 10))
+        return self.image(), {}
+
+    def image(self):
+        return np.full((32, 48, 3), 20 * self.count, np.uint8)
+
+    def step(self, action):
+        self.count += 1
+        return self.image(), float(action), self.count == self.length, False, {}
+
+
+class Grey(Counter):
+    observation_space = gym.spaces.Box(0, 255, (32, 48), np.uint8)
+
+    def image(self):
+        return super().image()[..., 0]
+
+
+class Vector(Counter):
+    observation_space = gym.spaces.Box(-1, 1, (4,), np.float32)
+
+
+class Continuous(Counter):
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+
+class Forgetful(Counter):
+    """Does not repeat itself from its seed."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=np.random.SeedSequence().entropy % 2**31)
+
+    def image(self):
+        return np.full((32, 48, 3), self.length * 10 + self.count, np.uint8)
+
+
+class Poisoned(Counter):
+    """Its rewards stop being numbers."""
+
+    def step(self, action):
+        frame, reward, *rest = super().step(action)
+        return frame, float("nan"), *rest
+
+
+for _game in (Counter, Grey, Vector, Continuous, Forgetful, Poisoned):
+    gym.register(f"{_game.__name__}-v0", entry_point=_game)
