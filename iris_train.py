@@ -447,6 +447,8 @@ def collect(run: Run) -> dict[str, float]:
         if run.rng.random() < args.collect_epsilon:
             action = int(run.rng.integers(run.env.action_space.n))
         frame, reward, terminated, truncated, info = run.env.step(action)
+        if not np.isfinite(reward):
+            raise IrisError(f"{args.env_id} gave the reward {reward} at step {step}: mend the environment")
         run.replay.append(run.frame, action, float(reward), terminated or truncated)
         run.frame = frame
         if terminated or truncated:
@@ -756,8 +758,8 @@ def checkpoint_path(run_or_checkpoint: Path | str) -> Path:
     return path / "checkpoint.pt" if path.is_dir() else path
 
 
-def save_checkpoint(run: Run) -> None:
-    """Writes all that resuming needs but the replay, so that a kill at any moment leaves a whole checkpoint behind.
+def save_checkpoint(run: Run, epoch: int) -> None:
+    """Writes all that resuming behind this epoch needs but the replay, so that a kill at any moment leaves a whole checkpoint behind.
 
     The replay goes to disk first. Then a file beside the checkpoint is written, synced, and renamed over it.
     """
@@ -765,7 +767,7 @@ def save_checkpoint(run: Run) -> None:
     content = {
         "args": asdict(run.args),
         "num_actions": run.agent.world_model.num_actions,
-        "epoch": run.epoch,
+        "epoch": epoch,
         "agent": run.agent.state_dict(),
         "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
         "replay_length": len(run.replay),
@@ -1037,7 +1039,7 @@ def main(args: Args) -> None:
     writer = start_writers(run)
     print(f"Run folder: {run.folder}   (tensorboard --logdir {run.folder.parent})", flush=True)
     if run.epoch == 0:
-        save_checkpoint(run)
+        save_checkpoint(run, 0)
     if args.preset == "paper" and run.device.type == "cpu":
         warn_of_the_wait(run)
     phases = {
@@ -1053,12 +1055,12 @@ def main(args: Args) -> None:
                     metrics |= phases[name](run)
                     run.seconds[name].append(time.perf_counter() - phase_began)
                     metrics[f"seconds/{name}"] = run.seconds[name][-1]
-            run.epoch += 1
             metrics["environment_steps"] = len(run.replay)
             for name, value in metrics.items():
-                writer.add_scalar(name, value, run.epoch)
+                writer.add_scalar(name, value, run.epoch + 1)
             writer.flush()
-            save_checkpoint(run)
+            save_checkpoint(run, run.epoch + 1)
+            run.epoch += 1  # only now is it complete, and what the messages below say of it true
             print(summary(run, metrics, time.perf_counter() - began), flush=True)
         print(f"Done: {run.epoch} epochs, {len(run.replay)} steps of the game. The agent is in {run.folder}/checkpoint.pt")
     except KeyboardInterrupt:

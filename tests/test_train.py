@@ -17,6 +17,8 @@ FAST = [
     "--actor-critic-from", "1", "--actor-critic-steps", "2", "--actor-critic-batch-size", "2",
     "--horizon", "3", "--burn-in", "2", "--eval-every", "2", "--test-episodes", "2", "--test-envs", "2",
     "--world-model.max-blocks", "4", "--world-model.layers", "1", "--world-model.width", "32",
+    "--tokenizer.channels", "8", "8", "8", "8", "8", "--tokenizer.blocks", "0", "0", "0", "0", "1",
+    "--test-max-frames", "400",
 ]  # fmt: skip
 
 
@@ -350,7 +352,7 @@ def test_explicit_flags_override_a_preset_wherever_they_stand():
 def test_load_agent_reads_a_run_its_checkpoint_and_a_published_one(run, tmp_path):
     import reference
 
-    iris_train.save_checkpoint(run)
+    iris_train.save_checkpoint(run, 0)
     for source in (run.folder, run.folder / "checkpoint.pt"):
         agent, args = load_agent(source)
         assert args == run.args and not agent.training
@@ -362,12 +364,12 @@ def test_load_agent_reads_a_run_its_checkpoint_and_a_published_one(run, tmp_path
 
 def test_a_checkpoint_needs_no_trust(run):
     """It loads with weights_only, so it can't bring code along."""
-    iris_train.save_checkpoint(run)
+    iris_train.save_checkpoint(run, 0)
     assert torch.load(run.folder / "checkpoint.pt", weights_only=True)["epoch"] == 0
 
 
 def test_init_from_takes_over_the_chosen_parts_only(run, tmp_path):
-    iris_train.save_checkpoint(run)
+    iris_train.save_checkpoint(run, 0)
     argv = [*FAST, "--env-id", "Counter-v0", "--seed", "2", "--init-from", str(run.folder), "--no-load-world-model"]
     fresh = iris_train.build(parse_args([*argv, "--run-dir", str(tmp_path / "other")])).agent
     for name, same in (("tokenizer", True), ("world_model", False), ("actor_critic", True)):

@@ -1,0 +1,324 @@
+"""What a person meets who types `python iris_train.py ...`: real processes, real kills, real files."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import reference
+from test_train import FAST
+
+ROOT = Path(__file__).parent.parent
+BREAKOUT = ["--env-id", "BreakoutNoFrameskip-v4"]
+COUNTER = ["--env-id", "tests.games:Counter-v0"]
+
+
+def environment(**changes):
+    """No network (a proxy that is not there) and no cache, so that no test depends on either."""
+    return os.environ | {"https_proxy": "http://127.0.0.1:9", "TORCH_HOME": "/nonexistent/torch"} | changes
+
+
+def train(*arguments, **changes):
+    """Runs iris_train.py to its end."""
+    return subprocess.run(
+        [sys.executable, "iris_train.py", *map(str, arguments)],
+        cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def start(*arguments):
+    """Starts iris_train.py; its output can be read line by line."""
+    return subprocess.Popen(
+        [sys.executable, "iris_train.py", *map(str, arguments)],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"ended with {process.wait()} before {text!r}")
+
+
+def assert_one_clear_line(result, message):
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and re.search(message, errors[0]), result.stderr
+
+
+def assert_same(a, b, path=""):
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run on Breakout through all phases and two evaluations, never interrupted."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    result = train(*FAST, *BREAKOUT, "--epochs", 4, "--run-dir", folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_a_short_run_leaves_everything_that_the_run_folder_promises(finished):
+    folder, result = finished
+    for epoch in range(1, 5):
+        assert re.search(rf"epoch {epoch}/4  steps {25 * epoch} .* left", result.stdout)
+    saved = json.loads((folder / "args.json").read_text())
+    assert saved["perceptual_loss"] == "pixel" and saved["collect_steps"] == 25 and saved["versions"]["torch"]
+    assert saved["precision"] == "fp32" and saved["device"] == "cpu" and saved["world_model"]["layers"] == 1
+    for kind, count in (("test", 4), ("imagination", 8)):
+        episodes = sorted((folder / f"media/episodes/{kind}").glob("epoch*.npz"))
+        assert len(episodes) == count
+        episode = np.load(episodes[-1])
+        length = len(episode["frames"])
+        assert episode["frames"].shape == (length, 64, 64, 3) and episode["frames"].dtype == np.uint8
+        assert len(episode["actions"]) == len(episode["rewards"]) == len(episode["ends"]) == length
+        assert episode["return"] == episode["rewards"].sum()
+    assert list((folder / "media/episodes/train").glob("best.npz"))
+    picture = cv2.imread(str(folder / "media/reconstructions/epoch_0004.png"))
+    assert picture.shape == (2 * 66 * 3, 8 * 66 * 3, 3)
+    frames = np.fromfile(folder / "replay/frames.bin", np.uint8).reshape(-1, 64, 64, 3)
+    assert len(frames) == 100 and frames[:, :14].mean() > 20
+
+
+def test_tensorboard_file_of_a_short_run_holds_scalars_images_and_arguments(finished):
+    folder, _ = finished
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
+    scalars = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    every_epoch = """
+        tokenizer/reconstruction tokenizer/codebook tokenizer/commitment tokenizer/grad_norm
+        world_model/observations world_model/rewards world_model/ends world_model/grad_norm
+        actor_critic/actions actor_critic/values actor_critic/entropy actor_critic/grad_norm
+        actor_critic/policy_entropy actor_critic/value actor_critic/imagined_reward
+        codes/in_use codes/perplexity environment_steps
+        speed/tokenizer speed/world_model speed/actor_critic
+        seconds/collect seconds/tokenizer seconds/encode seconds/world_model seconds/actor_critic""".split()
+    every_evaluation = """
+        test/return test/length test/human_normalised_score seconds/evaluate
+        tokenizer_test/reconstruction world_model_test/observations world_model_test/rewards world_model_test/ends""".split()
+    for tags, steps in ((every_epoch, [1, 2, 3, 4]), (every_evaluation, [2, 4])):
+        for tag in tags:
+            assert sorted(scalars[tag]) == steps and np.isfinite(list(scalars[tag].values())).all(), tag
+    assert scalars["environment_steps"] == {1: 25, 2: 50, 3: 75, 4: 100} and "train/return" in scalars
+    expected = {step: (value - 1.7) / (30.5 - 1.7) for step, value in scalars["test/return"].items()}
+    assert scalars["test/human_normalised_score"] == pytest.approx(expected, abs=1e-5)
+    assert {e.step for e in events.Images("imagined_episode")} == {2, 4} and "reconstructions" in events.Tags()["images"]
+    strip = cv2.imdecode(np.frombuffer(events.Images("imagined_episode")[0].encoded_image_string, np.uint8), 1)
+    assert strip.shape == (64, 3 * 64, 3)
+    text = events.Tensors("arguments/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "|world_model_steps|2|" in text
+
+
+def test_a_run_killed_twice_and_resumed_ends_bit_for_bit_as_one_never_interrupted(finished, tmp_path):
+    folder, _ = finished
+    other = tmp_path / "run"
+    process = start(*FAST, *BREAKOUT, "--epochs", 4, "--run-dir", other)
+    wait_for(process, "epoch 1/4")
+    while (other / "replay/frames.bin").stat().st_size <= 25 * 64 * 64 * 3:  # in the middle of epoch 2's collection
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and checkpoint(other)["epoch"] == 1
+
+    process = start("--resume", other)
+    wait_for(process, "epoch 3/4")
+    time.sleep(0.5)  # wherever that is
+    process.kill()
+    process.wait()
+
+    result = train("--resume", other)
+    assert result.returncode == 0 and "Done: 4 epochs, 100 steps" in result.stdout, result.stderr
+    ours, theirs = checkpoint(other), checkpoint(folder)
+    for content in (ours, theirs):
+        content.pop("args")  # they name the run folder
+    assert_same(ours, theirs)
+    for file in (folder / "replay").iterdir():
+        assert file.read_bytes() == (other / "replay" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_what_is_saved_and_how_to_go_on(tmp_path, how):
+    folder = tmp_path / "run"
+    process = start(*FAST, *COUNTER, "--epochs", 500, "--run-dir", folder)
+    wait_for(process, "epoch 2/500")
+    process.send_signal(how)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in output
+    saved = int(re.search(rf"Epoch (\d+) is saved in {folder}", output)[1])
+    assert saved >= 2 and checkpoint(folder)["epoch"] == saved
+    command = re.search(r"python iris_train.py (--resume \S+)", output)[1].split()
+    result = train(*command, "--epochs", saved + 1)
+    assert result.returncode == 0 and f"epoch {saved + 1}/{saved + 1}" in result.stdout
+
+
+def test_a_full_disk_while_saving_is_one_clear_line_and_the_last_checkpoint_survives(finished, tmp_path):
+    folder = tmp_path / "run"
+    assert train(*FAST, *COUNTER, "--epochs", 1, "--run-dir", folder).returncode == 0
+    before = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.tmp").symlink_to("/dev/full")
+    assert_one_clear_line(train("--resume", folder, "--epochs", 2), "disk is full. Epoch 1 is saved")
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    (folder / "checkpoint.tmp").unlink()
+    assert train("--resume", folder, "--epochs", 2).returncode == 0
+    assert checkpoint(folder)["epoch"] == 2
+
+
+def test_a_loss_that_explodes_stops_the_run_by_name_and_keeps_the_last_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    result = train(
+        *FAST, *COUNTER, "--epochs", 3, "--run-dir", folder, "--world-model-from", 2, "--world-model-learning-rate", 1e30
+    )
+    assert_one_clear_line(result, r"world model's \w+ is not finite in epoch 2, step 2")
+    content = checkpoint(folder)
+    assert content["epoch"] == 1 and all(w.isfinite().all() for w in content["agent"].values() if w.is_floating_point())
+
+
+@pytest.fixture(scope="module")
+def foreign_files(tmp_path_factory, finished):
+    folder = tmp_path_factory.mktemp("files")
+    whole = (finished[0] / "checkpoint.pt").read_bytes()
+    (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.pt").write_text("hello")
+    torch.save({"some": torch.zeros(1)}, folder / "other.pt")
+    torch.save(reference.official_state_dict(6), folder / "Pong.pt")
+    return folder
+
+
+BAD_INPUT = {
+    "unknown env id": (["--env-id", "BreakoutNoFrameskp-v4"], "did you mean BreakoutNoFrameskip-v4"),
+    "actions not discrete": (["--env-id", "tests.games:Continuous-v0"], "needs Discrete"),
+    "observation no image": (["--env-id", "tests.games:Vector-v0"], "needs an image"),
+    "reward no number": ([*FAST, "--env-id", "tests.games:Poisoned-v0"], "gave the reward nan"),
+    "no checkpoint": (["--init-from", "FILES/none.pt"], "there is no checkpoint at"),
+    "truncated checkpoint": (["--init-from", "FILES/cut.pt"], "cut short"),
+    "no checkpoint at all": (["--init-from", "FILES/text.pt"], "no readable checkpoint"),
+    "foreign checkpoint": (["--init-from", "FILES/other.pt"], "no published IRIS checkpoint"),
+    "other actions": (["--init-from", "FILES/Pong.pt"], "knows 6 actions and Breakout.* has 4"),
+    "other sizes": (["--init-from", "RUN"], "has other sizes"),
+    "nothing to resume": (["--resume", "FILES/nowhere"], "there is no checkpoint at"),
+    "resume of another game": (["--resume", "RUN", "--env-id", "PongNoFrameskip-v4"], "env_id Breakout.*not Pong"),
+    "resume with other sizes": (["--resume", "RUN", "--world-model.layers", "3"], "is a run with world_model"),
+    "a run already there": (["--run-dir", "RUN"], "holds a run already"),
+    "unwritable run folder": (["--run-dir", "/dev/null/run"], "can't write into the run folder"),
+    "no such device": (["--device", "quantum"], "--device quantum is not to be had"),
+    "lpips insisted on": (["--perceptual-loss", "lpips"], "vgg16-397923af.pth .* and lpips_v0.1_vgg.pth"),
+    "wandb missing": ([*FAST, "--track"], "pip install wandb"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_line_and_exit_code_2(case, finished, foreign_files, tmp_path):
+    arguments, message = BAD_INPUT[case]
+    before = (finished[0] / "checkpoint.pt").read_bytes()
+    arguments = [a.replace("FILES", str(foreign_files)).replace("RUN", str(finished[0])) for a in arguments]
+    if "--resume" not in arguments:
+        arguments = ["--env-id", "BreakoutNoFrameskip-v4", "--run-dir", str(tmp_path / "run"), "--epochs", "1", *arguments]
+        if "--perceptual-loss" not in arguments:
+            arguments += ["--perceptual-loss", "pixel"]
+    changes = {"PYTHONPATH": str(tmp_path / "path")}
+    if case == "wandb missing":  # hides an installed one
+        (tmp_path / "path").mkdir()
+        (tmp_path / "path/wandb.py").write_text("raise ImportError('hidden')")
+    assert_one_clear_line(train(*arguments, **changes), message)
+    assert (finished[0] / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_asked_for_and_absent_is_one_clear_line():
+    assert_one_clear_line(train("--device", "cuda"), "--device cuda is not to be had here")
+
+
+def test_a_game_that_does_not_repeat_itself_cannot_be_resumed_and_says_so(tmp_path):
+    folder = tmp_path / "run"
+    arguments = [*FAST, "--env-id", "tests.games:Forgetful-v0", "--run-dir", folder, "--epochs", 1]
+    assert train(*arguments, "--collect-steps", 1).returncode == 0  # 1 step: it stops in mid-episode
+    assert_one_clear_line(train("--resume", folder, "--epochs", 2), "does not repeat itself from its seed")
+
+
+def test_without_weight_files_and_network_auto_warns_once_and_says_pixel_in_args_json(tmp_path):
+    folder = tmp_path / "run"
+    result = train(*FAST, *COUNTER, "--epochs", 1, "--perceptual-loss", "auto", "--run-dir", folder)
+    assert result.returncode == 0 and len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith("warning: ") and "lpips_v0.1_vgg.pth" in result.stderr
+    assert json.loads((folder / "args.json").read_text())["perceptual_loss"] == "pixel"
+    resumed = train("--resume", folder, "--epochs", 2)
+    assert resumed.returncode == 0 and not resumed.stderr  # it keeps what it used, and asks no more
+
+
+def test_track_tells_weights_and_biases_what_cleanrl_does(tmp_path):
+    (tmp_path / "wandb.py").write_text(
+        "import json, os\n"
+        "def init(**kwargs):\n"
+        "    json.dump(kwargs, open(os.environ['WANDB_TEST_FILE'], 'w'))\n"
+    )
+    folder = tmp_path / "my_run"
+    result = train(
+        *FAST, *COUNTER, "--epochs", 1, "--run-dir", folder, "--track", "--wandb-project", "p", "--wandb-entity", "e",
+        PYTHONPATH=str(tmp_path), WANDB_TEST_FILE=str(tmp_path / "told.json"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["project"] == "p" and told["entity"] == "e" and told["name"] == "my_run" and told["sync_tensorboard"]
+    assert told["config"]["tokenizer_steps"] == 2
+
+
+def test_paper_sizes_go_through_every_phase_on_a_cpu_and_warn_of_the_wait(tmp_path):
+    folder = tmp_path / "run"
+    one = [f"--{name}-{what}" for name in ("tokenizer", "world-model", "actor-critic") for what in ("from", "steps", "batch-size")]
+    result = train(
+        *BREAKOUT, "--epochs", 1, "--run-dir", folder, "--perceptual-loss", "pixel", "--collect-steps", 5,
+        *(word for flag in one for word in (flag, 1)), "--eval-every", 1, "--test-episodes", 1, "--test-max-frames", 60,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"epoch with all three phases will take about .* --preset laptop", result.stdout)
+    assert "Done: 1 epochs, 5 steps" in result.stdout
+    sizes = {name: 0 for name in ("tokenizer", "world_model", "actor_critic")}
+    for name, weight in checkpoint(folder)["agent"].items():
+        if not name.endswith(("code_age", "frame_mean", "frame_std")):
+            sizes[name.split(".")[0]] += weight.numel()
+    assert sizes == {"tokenizer": 4_027_523, "world_model": 8_447_493, "actor_critic": 3_217_957}
+
+
+LESSONS = {
+    "iris_tokenizer.py": (3, 8, r"error on moving things (0\.\d+)", lambda error: error < 0.12),
+    "iris_world_model.py": (2, 12, r"(\d\.\d+) nats a token \(a blind guess costs 6.24", lambda nats: nats < 3.5),
+    "iris_agent.py": (2, 8, r"rose from \d+\.\d to (\d+\.\d) of 20", lambda value: value > 18),
+}
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_each_chapter_runs_alone_and_shows_what_was_learned(lesson, tmp_path):
+    rows, columns, pattern, learned = LESSONS[lesson]
+    result = subprocess.run(
+        [sys.executable, ROOT / lesson], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=900
+    )
+    assert result.returncode == 0, result.stderr
+    summary = result.stdout.strip().splitlines()[-1]
+    assert learned(float(re.search(pattern, summary)[1])), summary
+    picture = cv2.imread(str(tmp_path / re.search(r"runs/lessons/\w+\.png", summary)[0]))
+    assert picture.shape == (rows * 66 * 3, columns * 66 * 3, 3) and picture.std() > 20
