@@ -1,7 +1,7 @@
 """Chapter 3 of IRIS: a policy that never saw the game, only dreams of it.
 
 An actor-critic looks at reconstructed frames, remembers with an LSTM, and outputs a policy and a value. It is trained
-on imagined episodes alone (IRIS paper, section 2.3 and appendix A.3): the dream of chapter 2 is stepped for 20 frames
+on imagined episodes alone (IRIS paper, section 2.3 and appendix): the dream of chapter 2 is stepped for 20 frames
 with sampled actions, the rewards become lambda-returns, and the policy is moved towards actions that did better than
 the value expected. Real frames only start the dream and warm up the LSTM's memory.
 
@@ -41,7 +41,7 @@ State = tuple[Tensor, Tensor]  # an LSTM's (hidden, cell), each (N, lstm_width)
 
 @dataclass
 class ActorCriticConfig:
-    """Sizes of the actor-critic. The defaults are the paper's (table 5 of its appendix)."""
+    """Sizes of the actor-critic. The defaults are the paper's (its appendix and published configuration)."""
 
     channels: tuple[int, ...] = (32, 32, 64, 64)
     """Channels of the convolutions; each is followed by a 2x2 max-pool, so four of them leave 4x4 pixels."""
@@ -144,7 +144,7 @@ def imagine(actor_critic: ActorCritic, dream, frames: Tensor, state: State, hori
 
 
 def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, lambda_: float) -> Tensor:
-    """Rewards, values and ends (N, L) -> what each step was worth: (N, L) (paper, equation 5; Sutton and Barto, 12.1).
+    """Rewards, values and ends (N, L) -> what each step was worth: (N, L) (paper, section 2.3; Sutton and Barto, 12.1).
 
     R_t = r_t + gamma * (1 - end_t) * ((1 - lambda) * v_{t+1} + lambda * R_{t+1}), from the back, R_L = v_L: the last
     value stands for all that the dream does not reach. Lambda 0 trusts the value after one step, 1 only rewards.
@@ -160,7 +160,7 @@ def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, 
 def actor_critic_loss(
     rollout: Rollout, gamma: float, lambda_: float, entropy_weight: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses, whose sum is minimised, and metrics to watch, all scalar (paper, equations 6 and 7).
+    """Losses, whose sum is minimised, and metrics to watch, all scalar (paper, section 2.3).
 
     The last step's value serves as the target's end, so the losses count the L - 1 steps before it. Steps behind an
     imagined end count as well, as in the published code.

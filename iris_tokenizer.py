@@ -1,7 +1,7 @@
 """Chapter 1 of IRIS: frames become tokens, and tokens become frames again.
 
 A transformer continues sequences of symbols, so before it can imagine a game, each frame has to become a short
-sentence of symbols. This file trains a discrete autoencoder (a VQ-VAE; IRIS paper, section 2.1 and appendix A.1):
+sentence of symbols. This file trains a discrete autoencoder (a VQ-VAE; IRIS paper, section 2.1 and appendix):
 the encoder shrinks a frame to a 4x4 grid of vectors, each vector is replaced by the nearest of the 512 vectors of a
 learned codebook, and the decoder paints the frame back from the 16 code numbers alone. What the decoder cannot
 paint from them does not exist for the agent: if the ball is missing here, no policy will ever see it.
@@ -71,7 +71,7 @@ def to_stored(frames: Tensor) -> Tensor:
 
 @dataclass
 class TokenizerConfig:
-    """Sizes of the tokenizer. The defaults are the paper's (table 3 of its appendix)."""
+    """Sizes of the tokenizer. The defaults are the paper's (its appendix and published configuration)."""
 
     vocab_size: int = 512
     """Number of codes in the codebook."""
@@ -277,7 +277,7 @@ class Tokenizer(nn.Module):
     def loss(self, frames: Tensor, lpips: "Lpips | None" = None) -> dict[str, Tensor]:
         """Frames (N, 3, 64, 64) in [0, 1] -> named scalar losses, whose sum is minimised.
 
-        With `lpips`: the paper's loss (its equation 1). Without: the weight-free pixel loss of Delta-IRIS, and, in
+        With `lpips`: the paper's loss (its section 2.1). Without: the weight-free pixel loss of Delta-IRIS, and, in
         training mode, codes that have not been used for long are moved (`revive_codes`).
         """
         vectors = self._vectors(frames)  # (N * K, D)

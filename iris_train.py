@@ -1,7 +1,7 @@
 """Chapter 4 of IRIS: the loop. Play a little, learn to see, learn to foresee, learn to act; and again.
 
 An epoch plays 200 steps of the real game and then trains the three models of chapters 1 to 3, one after the other; 600
-epochs make a run (IRIS paper, algorithm 1 and appendix A). Nothing is learned from reality directly but to paint it
+epochs make a run (IRIS paper, section 2 and appendix). Nothing is learned from reality directly but to paint it
 and to predict it: the policy is trained in the dream alone.
 
     +--> collect ------> train the ------> encode the ------> train the -------> train the ----+
@@ -220,7 +220,7 @@ def args_from_dict(checkpoint: dict, source: Path | str) -> Args:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Environment (paper, appendix A.4)
+# Environment (paper, appendix)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -620,110 +620,80 @@ KEPT_TEST_STEPS = 2000  # of each test episode, for losses and media; half an ho
 
 
 @torch.no_grad()
-def play_test_episodes(
-    agent: Agent, args: Args, device: torch.device, seed: int, episodes: int, temperature: float
-) -> list[dict]:
-    """Whole games, side by side -> for each: return, length, and the columns of its first 2,000 steps.
+def play_test_episodes(agent: Agent, args: Args, device: torch.device, seed: int) -> list[dict]:
+    """Whole games -> for each: return, length, and the replay's columns of its first 2,000 steps.
 
-    Each environment plays its fixed share of the episodes: to stop at the first so many that end would favour short,
-    that is bad, games.
+    They are played in rounds of `test_envs` side by side, each round until its longest game is over: to stop at the
+    first sixteen that end would favour short, that is bad, games.
     """
-    n = min(args.test_envs, episodes)
-    envs = gym.vector.SyncVectorEnv(
-        [lambda: make_env(args.env_id, args.test_noop_max, args.test_max_frames)] * n,
-        autoreset_mode=gym.vector.AutoresetMode.DISABLED,
-    )
-    shares = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
-    frames, _ = envs.reset(seed=[seed + i for i in range(n)])
-    state, played = agent.actor_critic.initial_state(n), []
-    going = [defaultdict(list) for _ in range(n)]
-    with trange(episodes, desc="test episodes", leave=False, disable=None) as bar:
-        while (active := np.flatnonzero(shares > 0)).size:
-            where = torch.from_numpy(active).to(device)
-            seen = to_model(torch.from_numpy(frames[active]).to(device))
-            chosen, after = agent.act(seen, tuple(x[where] for x in state), temperature)
-            state = tuple(x.index_copy(0, where, new.to(x.dtype)) for x, new in zip(state, after, strict=True))
-            actions = np.zeros(n, dtype=np.int64)
-            actions[active] = chosen.cpu().numpy()
-            next_frames, rewards, terminated, truncated, _ = envs.step(actions)
-            done = terminated | truncated
-            for i in active:
-                game = going[i]
-                game["all_rewards"].append(float(rewards[i]))
-                if len(game["frames"]) < KEPT_TEST_STEPS:
-                    for name, value in zip(Replay.COLUMNS, (frames[i], actions[i], rewards[i], done[i]), strict=True):
+    envs = [make_env(args.env_id, args.test_noop_max, args.test_max_frames) for _ in range(args.test_envs)]
+    games: list[dict] = []
+    for start in trange(0, args.test_episodes, args.test_envs, desc="test episodes", leave=False, disable=None):
+        going = list(zip(envs, range(start, args.test_episodes)))  # (environment, number of its game)
+        games += [{"return": 0.0, "length": 0, **{name: [] for name in Replay.COLUMNS}} for _ in going]
+        frames = [env.reset(seed=seed + number)[0] for env, number in going]
+        state = agent.actor_critic.initial_state(len(going))
+        while going:
+            seen = to_model(torch.from_numpy(np.stack(frames)).to(device))
+            actions, state = agent.act(seen, state, args.test_temperature)
+            still, next_frames = [], []
+            for place, ((env, number), action) in enumerate(zip(going, actions.tolist(), strict=True)):
+                next_frame, reward, terminated, truncated, _ = env.step(action)
+                game, end = games[number], terminated or truncated
+                game["return"] += float(reward)
+                game["length"] += 1
+                if game["length"] <= KEPT_TEST_STEPS:
+                    for name, value in zip(Replay.COLUMNS, (frames[place], action, reward, end), strict=True):
                         game[name].append(value)
-                if done[i]:
-                    columns = {name: np.array(game[name], dtype) for name, (dtype, _) in Replay.COLUMNS.items()}
-                    played.append(columns | {"return": sum(game["all_rewards"]), "length": len(game["all_rewards"])})
-                    going[i] = defaultdict(list)
-                    shares[i] -= 1
-                    state = tuple(x.index_fill(0, torch.tensor([i], device=device), 0.0) for x in state)
-                    bar.update()
-            frames = envs.reset(options={"reset_mask": done})[0] if done.any() else next_frames
-    envs.close()
-    return played
+                if not end:
+                    still.append(place)
+                    next_frames.append(next_frame)
+            going, frames = [going[place] for place in still], next_frames
+            state = tuple(x[torch.tensor(still, dtype=torch.int64, device=device)] for x in state)
+    return [game | {name: np.array(game[name], dtype) for name, (dtype, _) in Replay.COLUMNS.items()} for game in games]
 
 
 @torch.no_grad()
 def evaluate(run: Run, writer) -> dict[str, float]:
     """Test episodes, the models' losses on them, and pictures: reconstructions and imagined episodes."""
-    args, agent, epoch = run.args, run.agent.eval(), run.epoch + 1
-    seed = int(run.rng.integers(2**31))
-    with run.autocast():
-        played = play_test_episodes(agent, args, run.device, seed, args.test_episodes, args.test_temperature)
-    returns = np.array([game["return"] for game in played])
-    metrics = {
-        "test/return": returns.mean(), "test/return_median": np.median(returns), "test/return_std": returns.std(),
-        "test/length": np.mean([game["length"] for game in played]),
-    }  # fmt: skip
-    if (score := human_normalised(args.env_id, returns.mean())) is not None:
-        metrics["test/human_normalised_score"] = score
-    for i, game in enumerate(played):
-        save_episode(run.folder / "media/episodes/test", f"epoch_{epoch:04d}_{i:02d}", game)
-
-    # Losses on games that were not trained on, drawn as in training.
+    args, agent, epoch, media = run.args, run.agent.eval(), run.epoch + 1, run.folder / "media"
     with tempfile.TemporaryDirectory() as folder, run.autocast():
-        test = Replay(Path(folder))
-        for game in played:
-            for step in range(len(game["frames"])):
-                end = game["ends"][step] or step + 1 == len(game["frames"])
-                test.append(game["frames"][step], game["actions"][step], game["rewards"][step], end)
+        games, test = play_test_episodes(agent, args, run.device, int(run.rng.integers(2**31))), Replay(Path(folder))
+        for i, game in enumerate(games):
+            save_episode(media / "episodes/test", f"epoch_{epoch:04d}_{i:02d}", game)
+            game["ends"][-1] = 1  # also where only its first steps were kept: nothing may cross from game to game
+            for step in zip(*(game[name] for name in Replay.COLUMNS), strict=True):
+                test.append(*step)
         test.flush()
-
-        def encode_test(indices: np.ndarray) -> Tensor:
-            frames = test.frames_at(indices.ravel(), run.device)
-            return agent.tokenizer.encode(frames).unflatten(0, indices.shape)  # (n, L, K)
-
-        batches = defaultdict(list)
-        for _ in range(4):
-            indices, _ = test.sample(run.rng, min(64, args.tokenizer_batch_size), 1, "start")
-            frames = test.frames_at(indices[:, 0], run.device)
-            if epoch >= args.tokenizer_from:
-                for key, value in agent.tokenizer.loss(frames, run.lpips).items():
-                    batches[f"tokenizer_test/{key}"].append(float(value))
-            if epoch >= args.world_model_from:
-                segments = sequences(run, test, min(16, args.world_model_batch_size), encode_test)
-                for key, value in agent.world_model.loss(*segments).items():
-                    batches[f"world_model_test/{key}"].append(float(value))
-        metrics |= {key: np.mean(values) for key, values in batches.items()}
+        returns = np.array([game["return"] for game in games])
+        metrics = {"test/return": returns.mean(), "test/return_std": returns.std(), "test/return_median": np.median(returns)}
+        metrics["test/length"] = np.mean([game["length"] for game in games])
+        if (score := human_normalised(args.env_id, returns.mean())) is not None:
+            metrics["test/human_normalised_score"] = score
 
         if epoch >= args.tokenizer_from:
+            indices, _ = test.sample(run.rng, 256, 1, "start")
+            losses = [agent.tokenizer.loss(test.frames_at(part[:, 0], run.device), run.lpips) for part in np.split(indices, 4)]
+            metrics |= {f"tokenizer_test/{key}": np.mean([float(loss[key]) for loss in losses]) for key in losses[0]}
             originals = test.frames_at(np.linspace(0, len(test) - 1, 8).astype(int), run.device)
             pair = [originals.cpu(), agent.tokenizer.reconstruct(originals).cpu()]
-            save_picture(run.folder / f"media/reconstructions/epoch_{epoch:04d}.png", pair)
+            save_picture(media / f"reconstructions/epoch_{epoch:04d}.png", pair)
             writer.add_images("reconstructions", torch.cat(pair), epoch)
+
         if epoch >= args.world_model_from:
+
+            def tokens_at(indices: np.ndarray) -> Tensor:
+                return agent.tokenizer.encode(test.frames_at(indices.ravel(), run.device)).unflatten(0, indices.shape)
+
+            losses = [agent.world_model.loss(*sequences(run, test, 8, tokens_at)) for _ in range(4)]
+            metrics |= {f"world_model_test/{key}": np.mean([float(loss[key]) for loss in losses]) for key in losses[0]}
             rollout = dream_on(run, 4)
-            strip = to_stored(torch.stack(rollout.frames, dim=1)).cpu().numpy()  # (4, horizon, 64, 64, 3)
-            for i in range(len(strip)):
-                ends = rollout.ends[i].cpu().numpy()
-                columns = {
-                    "frames": strip[i], "actions": rollout.actions[i].cpu().numpy(),
-                    "rewards": rollout.rewards[i].cpu().numpy(), "ends": ends.astype(np.uint8),
-                }  # fmt: skip
-                save_episode(run.folder / "media/episodes/imagination", f"epoch_{epoch:04d}_{i:02d}", columns)
-            writer.add_image("imagined_episode", np.concatenate(list(strip[0]), axis=1), epoch, dataformats="HWC")
+            frames = to_stored(torch.stack(rollout.frames, dim=1))  # (4, horizon, 64, 64, 3) uint8
+            columns = [x.cpu().numpy() for x in (frames, rollout.actions, rollout.rewards, rollout.ends)]
+            for i, episode in enumerate(zip(*columns, strict=True)):
+                named = dict(zip(Replay.COLUMNS, episode, strict=True))
+                save_episode(media / "episodes/imagination", f"epoch_{epoch:04d}_{i:02d}", named)
+            writer.add_image("imagined_episode", np.concatenate(list(columns[0][0]), axis=1), epoch, dataformats="HWC")
     return metrics
 
 
@@ -955,37 +925,32 @@ def start_writers(run: Run):
 
 
 def warn_of_the_wait(run: Run) -> None:
-    """The paper's sizes on a CPU: says, from one small batch of each phase, how long an epoch with all three takes."""
-    args, agent, seconds = run.args, run.agent, 0.0
-    k, length = args.world_model.tokens_per_frame, args.world_model.max_blocks
+    """The paper's sizes on a CPU: says, from a small batch of each phase, how long an epoch with all three takes."""
+    args, agent, seconds = run.args, run.agent.eval(), 0.0
     frames = torch.rand(4, 3, FRAME_SIZE, FRAME_SIZE)
-    tokens, steps = torch.zeros(2, length, k, dtype=torch.int64), torch.zeros(2, length, dtype=torch.int64)
-    dream = Dream(agent.tokenizer, agent.world_model)
+    tokens = torch.zeros(4, args.world_model.max_blocks, args.world_model.tokens_per_frame, dtype=torch.int64)
+    steps = tokens[:, :, 0]
 
-    def act():
+    def actor_critic_losses():
+        dream, state = Dream(agent.tokenizer, agent.world_model), agent.actor_critic.initial_state(4)
         with torch.no_grad():
-            agent.tokenizer.decode(torch.zeros(4 * args.burn_in, k, dtype=torch.int64))
-        shown = dream.reset_from_tokens(tokens[0, :4])
-        rollout = imagine(agent.actor_critic, dream, shown, agent.actor_critic.initial_state(4), args.horizon)
+            agent.tokenizer.decode(tokens[:, :1].expand(-1, args.burn_in, -1).flatten(0, 1))
+        rollout = imagine(agent.actor_critic, dream, dream.reset_from_tokens(tokens[:, 0]), state, args.horizon)
         return actor_critic_loss(rollout, args.gamma, args.lambda_, args.entropy_weight)[0]
 
-    with torch.random.fork_rng():
-        for work, steps_an_epoch, scale in (
-            (lambda: agent.tokenizer.eval().loss(frames), args.tokenizer_steps, args.tokenizer_batch_size / 4),
-            (lambda: agent.world_model.eval().loss(tokens, steps, steps, steps, steps == 0), args.world_model_steps,
-             args.world_model_batch_size / 2),
-            (act, args.actor_critic_steps, args.actor_critic_batch_size / 4),
-        ):  # fmt: skip
+    with torch.random.fork_rng(), run.autocast():
+        for name, losses in (
+            ("tokenizer", lambda: agent.tokenizer.loss(frames)),
+            ("world_model", lambda: agent.world_model.loss(tokens, steps, steps, steps, steps == 0)),
+            ("actor_critic", actor_critic_losses),
+        ):
             began = time.perf_counter()
-            with run.autocast():
-                sum(work().values()).backward()
-            seconds += (time.perf_counter() - began) * steps_an_epoch * scale
+            sum(losses().values()).backward()
+            share = getattr(args, f"{name}_batch_size") / 4
+            seconds += (time.perf_counter() - began) * share * getattr(args, f"{name}_steps")
     agent.zero_grad()
-    print(
-        f"The paper's sizes on a CPU: an epoch with all three phases will take about {duration(seconds)} here, and there "
-        f"are {args.epochs} epochs. --preset laptop has sizes for a machine without a GPU.",
-        flush=True,
-    )
+    print(f"The paper's sizes on a CPU: an epoch of all three phases will take about {duration(seconds)} here, and there "
+          f"are {args.epochs}. --preset laptop has sizes for a machine without a GPU.", flush=True)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

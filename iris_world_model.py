@@ -2,7 +2,7 @@
 
 With frames as short sentences of tokens (chapter 1), a game is one long text: 16 tokens of what was seen, one for the
 action taken, 16 tokens of what was seen next, and so on. This file trains a GPT to continue that text, and to tell at
-each action which reward it brings and whether the episode ends (IRIS paper, section 2.2 and appendix A.2). Trained on
+each action which reward it brings and whether the episode ends (IRIS paper, section 2.2 and appendix). Trained on
 two hours of play it is a world model: `Dream` samples from it, action by action, and is an environment to step in.
 
     z = frame token, a = action; a block is 16 z and 1 a; the stream holds 20 blocks, 340 positions
@@ -40,7 +40,7 @@ from iris_tokenizer import IrisError, Tokenizer, random_breakout, save_picture, 
 
 @dataclass
 class WorldModelConfig:
-    """Sizes of the world model. The defaults are the paper's (table 4 of its appendix)."""
+    """Sizes of the world model. The defaults are the paper's (its appendix and published configuration)."""
 
     tokens_per_frame: int = 16
     """Tokens of a frame, K; the tokenizer's number of levels decides it (5 levels: 4x4)."""
@@ -196,7 +196,7 @@ class WorldModel(nn.Module):
     def loss(
         self, obs_tokens: Tensor, actions: Tensor, rewards: Tensor, ends: Tensor, mask: Tensor
     ) -> dict[str, Tensor]:
-        """Three cross-entropies, whose sum is minimised (paper, equations 2 to 4).
+        """Three cross-entropies, whose sum is minimised (paper, section 2.2).
 
         obs_tokens (N, L, K) int64, actions (N, L) int64, rewards (N, L) of which only the sign counts, ends (N, L) in
         {0, 1}; mask (N, L) is True where the step is real and False where it pads a sequence on its right.

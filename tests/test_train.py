@@ -304,19 +304,29 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_every_loss_is(run):
         iris_train.optimise(run, "world_model", 1, 1, losses)
 
 
-def test_test_episodes_are_whole_games_in_fixed_shares_with_their_true_returns(run, monkeypatch):
+def test_test_episodes_are_whole_games_with_their_true_returns(run):
     class Last(torch.nn.Module):  # always the last action, 2, so a game of n steps returns 2n
         def act(self, frames, state, temperature):
             assert temperature == 0.25
-            seen.extend((frames[:, 0, 0, 0] * 255).round().int().tolist())
+            shown = (frames[:, 0, 0, 0] * 255).round() / 20  # Counter shows how many steps the game has had
+            assert torch.equal(shown[:, None].expand_as(state[0]), state[0])  # each game keeps its own memory
+            seen.append(len(frames))
             return torch.full((len(frames),), 2), tuple(x + 1 for x in state)
 
     seen, agent = [], Last()
     agent.actor_critic = run.agent.actor_critic
-    played = iris_train.play_test_episodes(agent, run.args, run.device, seed=0, episodes=5, temperature=0.25)
+    run.args.test_episodes, run.args.test_envs, run.args.test_temperature = 5, 2, 0.25
+    played = iris_train.play_test_episodes(agent, run.args, run.device, seed=0)
     assert len(played) == 5 and all(game["return"] == 2 * game["length"] == 2 * len(game["frames"]) for game in played)
     assert all(3 <= game["length"] <= 9 and game["ends"].tolist() == [0] * (game["length"] - 1) + [1] for game in played)
-    assert len(seen) == sum(game["length"] for game in played)  # no frame is acted on behind an end
+    assert len({game["length"] for game in played}) > 1
+    assert sum(seen) == sum(game["length"] for game in played)  # no frame is acted on behind an end
+
+
+def test_of_a_long_test_game_only_the_first_steps_are_kept_but_all_rewards_count(run, monkeypatch):
+    monkeypatch.setattr(iris_train, "KEPT_TEST_STEPS", 2)
+    played = iris_train.play_test_episodes(run.agent, run.args, run.device, seed=0)
+    assert all(len(game["frames"]) == 2 and game["length"] >= 3 for game in played)
 
 
 def test_kept_episodes_are_the_last_ten_and_the_best(tmp_path):
