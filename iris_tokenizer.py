@@ -484,7 +484,7 @@ def random_breakout(steps: int, seed: int = 0) -> dict[str, Tensor]:
     return {"frames": frames, "actions": actions, "rewards": rewards, "ends": ends}
 
 
-def train_small_tokenizer(frames: Tensor, steps: int, batch_size: int = 64) -> Tokenizer:
+def train_small_tokenizer(frames: Tensor, steps: int, batch_size: int = 16) -> Tokenizer:
     """Frames (M, 64, 64, 3) uint8 -> a tokenizer trained on them, in evaluation mode."""
     from tqdm import trange
 
@@ -531,7 +531,7 @@ def token_map(tokens: Tensor, vocab_size: int) -> Tensor:
     return F.interpolate(tiles, size=(FRAME_SIZE, FRAME_SIZE), mode="nearest")
 
 
-def lesson(steps: int = 600, out: Path = Path("runs/lessons/tokenizer.png")) -> None:
+def lesson(steps: int = 1200, out: Path = Path("runs/lessons/tokenizer.png")) -> None:
     torch.manual_seed(0)
     frames = random_breakout(2000)["frames"]
     seen, unseen = frames[:1600], frames[1600:]

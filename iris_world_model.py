@@ -306,7 +306,7 @@ class Dream:
 SMALL_WORLD_MODEL = WorldModelConfig(max_blocks=8, layers=3, heads=4, width=128, dropout=0.0)
 
 
-def lesson(tokenizer_steps: int = 500, steps: int = 300, out: Path = Path("runs/lessons/world_model.png")) -> None:
+def lesson(tokenizer_steps: int = 800, steps: int = 300, out: Path = Path("runs/lessons/world_model.png")) -> None:
     from tqdm import trange
 
     torch.manual_seed(0)
