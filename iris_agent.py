@@ -15,7 +15,7 @@ the value expected. Real frames only start the dream and warm up the LSTM's memo
 
 Run it alone:   python iris_agent.py      (a minute on a laptop: a hand-made stand-in for the dream, in which one
                                            action pays; the return climbs)
-Reuse it:       copy this file and the two to its left; the losses need nothing but tensors.
+Reuse it:       copy this file, iris_world_model.py and iris_tokenizer.py; the losses need nothing but tensors.
 
     actor_critic = ActorCritic(num_actions=4)
     state = actor_critic.warm_up(frames, mask)                          # (N, L, 3, 64, 64): what came before
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iris_tokenizer import IrisError, Tokenizer, TokenizerConfig, conv3x3, save_picture
-from iris_world_model import Dream, WorldModel, WorldModelConfig, sample
+from iris_world_model import WorldModel, WorldModelConfig, sample
 
 State = tuple[Tensor, Tensor]  # an LSTM's (hidden, cell), each (N, lstm_width)
 
@@ -130,8 +130,8 @@ class Rollout:
 def imagine(actor_critic: ActorCritic, dream, frames: Tensor, state: State, horizon: int) -> Rollout:
     """Plays `horizon` steps in a dream that shows frames (N, 3, 64, 64), with sampled actions.
 
-    `dream` is a `Dream`, or whatever has its `step`. The gradient runs through the LSTM from step to step, never
-    through the dream: a sampled token has no derivative, and REINFORCE needs none.
+    `dream` is an `iris_world_model.Dream`, or whatever has its `step`. The gradient runs through the LSTM from step to
+    step, never through the dream: a sampled token has no derivative, and REINFORCE needs none.
     """
     steps, seen = [], []
     for step in range(horizon):
@@ -296,15 +296,12 @@ def agent_from_official(weights: dict, path: str) -> Agent:
         if missing := [source for source in sources if not isinstance(weights.get(source), Tensor)]:
             raise IrisError(f"{path} lacks the weight {missing[0]}")
         rows = [weights[source] for source in sources]
-        # What we fused is stacked along the first dimension; a part's shape is wrong if any other dimension is, or if
-        # the rows do not add up.
-        expected = (parameter.shape[0] // len(rows), *parameter.shape[1:])
+        # What we fused is stacked along the first dimension: in equal parts, but for the two embedding tables.
+        lengths = [len(parameter) // len(rows)] * len(rows)
         if prefix == "world_model.embedding":
-            expected_rows = [(configs[0].vocab_size, *parameter.shape[1:]), (len(actor), *parameter.shape[1:])]
-        else:
-            expected_rows = [expected] * len(rows)
-        for source, row, shape in zip(sources, rows, expected_rows, strict=True):
-            if tuple(row.shape) != shape:
+            lengths = [configs[0].vocab_size, len(actor)]
+        for source, row, length in zip(sources, rows, lengths, strict=True):
+            if tuple(row.shape) != (shape := (length, *parameter.shape[1:])):
                 raise IrisError(f"{path}: the weight {source} has shape {tuple(row.shape)}, but {shape} is needed")
         state[name] = torch.cat(rows)
     agent.load_state_dict(state, strict=False)  # our own buffers keep their initial values
@@ -344,7 +341,8 @@ def lesson(updates: int = 200, out: Path = Path("runs/lessons/agent.png")) -> No
     curve = []
     for update in range(1, updates + 1):
         rollout = imagine(actor_critic, dream, dream.reset(n), actor_critic.initial_state(n), horizon)
-        # Gamma 0: an action changes nothing but its own reward here, so no step is worth more than that.
+        # Gamma 0: an action changes nothing but its own reward here, so its lambda-return is that reward. In a game,
+        # where a paddle is moved now and a brick falls later, gamma 0.995 carries the reward back.
         losses, metrics = actor_critic_loss(rollout, gamma=0.0, lambda_=0.95, entropy_weight=0.01)
         optimizer.zero_grad()
         sum(losses.values()).backward()

@@ -13,7 +13,7 @@ paint from them does not exist for the agent: if the ball is missing here, no po
 
 Run it alone:   python iris_tokenizer.py      (under two minutes on a laptop: Breakout frames, a small tokenizer,
                                                and a picture of originals, reconstructions and token maps)
-Reuse it:       copy this file; it needs torch only (the lesson at its end also gymnasium, ale-py and opencv-python).
+Reuse it:       copy this file; it needs torch only (its lesson also gymnasium, ale-py, opencv-python, tqdm).
 
     tokenizer = Tokenizer(TokenizerConfig())
     tokens = tokenizer.encode(frames)         # (N, 3, 64, 64) in [0, 1]  ->  (N, 16) int64
@@ -89,9 +89,9 @@ class TokenizerConfig:
     """The same beside the weight-free pixel loss (Delta-IRIS)."""
     standardize: bool = False
     """Read frames with the mean frame taken off and each pixel divided by how much it varies, and paint likewise
-    (`Tokenizer.fit_statistics`). Not the paper's; it lets a small tokenizer see moving things ten times sooner."""
+    (`Tokenizer.fit_statistics`). Not the paper's; it lets a small tokenizer see moving things much sooner."""
     revive_after: int = 50
-    """With the pixel loss: training steps without use after which a code is moved to where it is needed."""
+    """With the pixel loss: training batches without use after which a code is moved to where it is needed."""
 
     @property
     def tokens_per_frame(self) -> int:
@@ -141,7 +141,7 @@ class Downsample(nn.Module):
     """Halves height and width: (N, C, H, W) -> (N, C', H/2, W/2).
 
     The padding is one pixel on the right and at the bottom only, so that every output pixel looks at the 2x2 pixels it
-    stands for and one beyond. This is the published code's layout; symmetric padding would shift the picture.
+    stands for and one beyond. Published weights expect this; with symmetric padding it would look further left and up.
     """
 
     def __init__(self, channels_in: int, channels_out: int):
@@ -207,6 +207,7 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.config = config
+        self.revive_after = config.revive_after
         self.encoder = build_encoder(config)
         self.pre_quantization = nn.Conv2d(config.code_dim, config.code_dim, kernel_size=1)
         self.codebook = nn.Embedding(config.vocab_size, config.code_dim)
@@ -229,7 +230,8 @@ class Tokenizer(nn.Module):
         """
         x = frames.mul(2).sub(1)
         self.frame_mean.copy_(x.mean(dim=0))
-        self.frame_std.copy_(x.std(dim=0) + 0.05)  # the 0.05 bounds how far a pixel that never changed is blown up
+        # The 0.05 bounds how far a pixel that has hardly ever changed is blown up.
+        self.frame_std.copy_(x.std(dim=0, correction=0) + 0.05)
 
     @property
     def standardized(self) -> bool:
@@ -243,10 +245,11 @@ class Tokenizer(nn.Module):
         z = self.pre_quantization(self.encoder(x))  # (N, D, 4, 4)
         return z.permute(0, 2, 3, 1).reshape(-1, self.config.code_dim).float()
 
-    def _squared_distances(self, vectors: Tensor) -> Tensor:
-        """(M, D) -> (M, V), up to |vector|^2, which is the same for all codes: |z - e|^2 = |z|^2 - 2 z.e + |e|^2.
+    def _relative_distances(self, vectors: Tensor) -> Tensor:
+        """Vectors (M, D) -> squared distances to all codes (M, V), less |z|^2, which is the same for all codes:
+        |z - e|^2 = |z|^2 - 2 z.e + |e|^2.
 
-        Always in float32: in bfloat16 two neighbouring codes are often the same number.
+        Always in float32: in bfloat16 the distances to two neighbouring codes are often the same number.
         """
         with torch.autocast(vectors.device.type, enabled=False):
             codes = self.codebook.weight.float()
@@ -261,7 +264,7 @@ class Tokenizer(nn.Module):
     def encode(self, frames: Tensor) -> Tensor:
         """Frames (N, 3, 64, 64) in [0, 1] -> tokens (N, K) int64. No gradient."""
         with torch.no_grad():
-            nearest = self._squared_distances(self._vectors(frames)).argmin(dim=1)  # (N * K,)
+            nearest = self._relative_distances(self._vectors(frames)).argmin(dim=1)  # (N * K,)
             return nearest.reshape(len(frames), self.config.tokens_per_frame)
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -282,7 +285,7 @@ class Tokenizer(nn.Module):
         """
         vectors = self._vectors(frames)  # (N * K, D)
         with torch.no_grad():
-            distances = self._squared_distances(vectors)  # (N * K, V)
+            distances = self._relative_distances(vectors)  # (N * K, V)
             if self.training and lpips is None:
                 distances = self.revive_codes(vectors, distances)
         codes = self.codebook(distances.argmin(dim=1))  # (N * K, D)
@@ -318,12 +321,13 @@ class Tokenizer(nn.Module):
         nearest, tokens = distances.min(dim=1)  # (M,) both
         self.code_age += 1
         self.code_age.index_fill_(0, tokens, 0)
-        dead = self.code_age > self.config.revive_after  # (V,)
-        badly_served = (nearest + vectors.square().sum(1)).clamp(min=0) + 1e-12  # (M,), the true squared distance
+        dead = self.code_age > self.revive_after  # (V,)
+        badly_served = (nearest + vectors.square().sum(1)).clamp(min=0) + 1e-12  # (M,), the whole squared distance
+        badly_served = badly_served.nan_to_num(nan=1.0, posinf=1.0)  # a run that diverges is reported elsewhere
         places = vectors[torch.multinomial(badly_served, len(dead), replacement=True)]  # (V, D)
         self.codebook.weight.data.copy_(torch.where(dead[:, None], places, self.codebook.weight))
         self.code_age.masked_fill_(dead, 0)
-        return self._squared_distances(vectors)
+        return self._relative_distances(vectors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ Run it:   python iris_train.py --env-id BreakoutNoFrameskip-v4             # the
           python iris_train.py --help                                      # every number below is an argument
 Read it:  arguments, environment, replay, then the phases in the order of the picture, then checkpoints, then `main`.
 """
-import contextlib
 import difflib
 import errno
+import fcntl
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -28,13 +29,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Callable, Literal
+from typing import Annotated, Any, Callable, Literal
 
 import ale_py
-import cv2
 import gymnasium as gym
 import numpy as np
 import torch
@@ -43,11 +44,12 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from iris_agent import (
-    ActorCritic, ActorCriticConfig, Agent, State, actor_critic_loss, agent_from_official, imagine, read_checkpoint
-)
+    ActorCritic, ActorCriticConfig, Agent, Rollout, actor_critic_loss, agent_from_official, imagine, read_checkpoint,
+)  # fmt: skip
 from iris_tokenizer import (
-    FRAME_SIZE, IrisError, Lpips, Tokenizer, TokenizerConfig, load_lpips, resize_frame, save_picture, to_model, to_stored
-)
+    FRAME_SIZE, IrisError, Lpips, Tokenizer, TokenizerConfig, load_lpips, resize_frame, save_picture, to_model,
+    to_stored,
+)  # fmt: skip
 from iris_world_model import Dream, WorldModel, WorldModelConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ class Args:
     tokenizer_batch_size: int = 256
     """Frames in each."""
     tokenizer_learning_rate: float = 1e-4
-    """Adam's."""
+    """Learning rate of its Adam."""
     world_model_from: int = 26
     """First epoch that trains the world model."""
     world_model_steps: int = 200
@@ -120,9 +122,9 @@ class Args:
     world_model_batch_size: int = 64
     """Sequences in each, of world_model.max_blocks steps."""
     world_model_learning_rate: float = 1e-4
-    """AdamW's."""
+    """Learning rate of its AdamW."""
     world_model_weight_decay: float = 0.01
-    """AdamW's, on the weights of linear layers."""
+    """Weight decay of its AdamW, on the weights of linear layers."""
     actor_critic_from: int = 51
     """First epoch that trains the actor-critic."""
     actor_critic_steps: int = 200
@@ -130,25 +132,25 @@ class Args:
     actor_critic_batch_size: int = 64
     """Dreams in each."""
     actor_critic_learning_rate: float = 1e-4
-    """Adam's."""
+    """Learning rate of its Adam."""
     burn_in: int = 20
     """Real frames that warm up the LSTM before a dream, and when play goes on in mid-episode."""
     horizon: int = 20
     """Imagined steps of a dream."""
     gamma: float = 0.995
     """Discount of future rewards."""
-    lambda_: float = 0.95
+    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.95
     """Lambda of the lambda-returns."""
     entropy_weight: float = 0.001
     """Weight of the policy's entropy in the loss."""
     max_grad_norm: float = 10.0
     """Gradients are scaled down to this norm, in all three phases."""
     accumulate: int = 0
-    """Parts that the tokenizer's and world model's batches are split into to save memory, their gradients added up; 0
+    """Parts that the tokenizer's and world model's batches are split into to save memory, their gradients averaged; 0
     is 1 on a GPU, and on a CPU as many as keep a part at 32 frames or 16 sequences."""
 
     eval_every: int = 5
-    """Epochs from one evaluation to the next."""
+    """Epochs from one evaluation to the next; 0 is never."""
     test_episodes: int = 16
     """Whole games played in each."""
     test_envs: int = 8
@@ -206,6 +208,28 @@ def parse_args(argv: list[str]) -> Args:
     return args
 
 
+def check(args: Args) -> None:
+    """Raises IrisError for a number that no run can have; what a phase would trip over hours later is said at once."""
+    least = {"seed": 0, "burn_in": 0, "accumulate": 0, "eval_every": 0, "horizon": 2}
+    for name, value in vars(args).items():
+        flag = f"--{name.rstrip('_').replace('_', '-')}"
+        if type(value) is int and value < least.get(name, 1):
+            raise IrisError(f"{flag} is {value}, and has to be at least {least.get(name, 1)}")
+        if isinstance(value, float) and not 0 <= value < float("inf"):
+            raise IrisError(f"{flag} is {value}, and has to be a number that is not negative")
+    ours, theirs = args.tokenizer.tokens_per_frame, args.world_model.tokens_per_frame
+    if ours != theirs:
+        raise IrisError(
+            f"the tokenizer's {len(args.tokenizer.channels)} levels make {ours} tokens a frame, and "
+            f"--world-model.tokens-per-frame is {theirs}: make them the same"
+        )
+    gpt = args.world_model
+    if gpt.max_blocks < 2 or gpt.heads < 1 or gpt.width % gpt.heads or not 0 <= gpt.dropout < 1:
+        raise IrisError("the world model needs max_blocks of 2 or more, heads that divide its width, dropout below 1")
+    if FRAME_SIZE >> len(args.actor_critic.channels) == 0:
+        raise IrisError("the actor-critic's convolutions each halve the frame: 64 pixels are enough for 6 of them")
+
+
 def args_from_dict(checkpoint: dict, source: Path | str) -> Args:
     """Args as they stand in a run's checkpoint. Raises IrisError if they are not this program's."""
     try:
@@ -214,6 +238,8 @@ def args_from_dict(checkpoint: dict, source: Path | str) -> Args:
             ("tokenizer", TokenizerConfig), ("world_model", WorldModelConfig), ("actor_critic", ActorCriticConfig)
         ):  # fmt: skip
             values[name] = config(**values[name])
+        if missing := {argument.name for argument in fields(Args)} - set(values):
+            raise KeyError(f"it lacks {', '.join(sorted(missing))}")
         return Args(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise IrisError(f"{source} is no checkpoint of an IRIS run of this version ({error})") from error
@@ -239,7 +265,8 @@ class AtariFrames(gym.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         if self.life_lost and seed is None:
             frame, _, terminated, truncated, info = self.step(0)
-            if not (terminated or truncated):
+            if self.life_lost or not (terminated or truncated):  # a second life lost at once is no game over either
+                self.life_lost = False
                 return frame, info
         screen, info = self.env.reset(seed=seed, options=options)
         for _ in range(self.np_random.integers(1, self.noop_max + 1)):
@@ -276,11 +303,12 @@ def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_los
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     try:
         env = gym.make(env_id)
-    except (gym.error.UnregisteredEnv, gym.error.DependencyNotInstalled, ImportError, ValueError) as error:
+        is_atari = env.spec.id.endswith("NoFrameskip-v4")
+        if is_atari:
+            env.close()
+            env = gym.make(env.spec.id, max_num_frames_per_episode=max_frames)
+    except Exception as error:  # an environment is somebody else's code: it may fail in any way
         raise IrisError(f"no environment {env_id!r}: {unknown_env_hint(env_id, error)}") from error
-    is_atari = env.spec.id.endswith("NoFrameskip-v4")
-    if is_atari:
-        env = gym.make(env.spec.id, max_num_frames_per_episode=max_frames)
     space, actions = env.observation_space, env.action_space
     if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
         raise IrisError(f"{env_id} has the action space {actions}; IRIS needs Discrete(n): wrap the environment")
@@ -288,7 +316,7 @@ def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_los
         return AtariFrames(env, noop_max, life_loss_ends)
     shape = space.shape if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 else ()
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3)):
-        raise IrisError(f"{env_id} observes {space}; IRIS needs an image (H, W[, 1 or 3]) of uint8: wrap the environment")
+        raise IrisError(f"{env_id} observes {space}; IRIS needs an image (H, W[, 1 or 3]) of uint8: wrap it")
 
     def prepare(image: np.ndarray) -> np.ndarray:
         image = image.reshape(*image.shape[:2], -1)  # (H, W, 1 or 3)
@@ -301,8 +329,8 @@ def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_los
 
 def unknown_env_hint(env_id: str, error: Exception) -> str:
     """One line on what might have been meant."""
-    if isinstance(error, ImportError | ValueError | gym.error.DependencyNotInstalled):
-        return " ".join(str(error).split())
+    if type(error) not in (gym.error.NameNotFound, gym.error.NamespaceNotFound, gym.error.VersionNotFound):
+        return " ".join(f"{type(error).__name__}: {error}".split())
     suffix = "NoFrameskip-v4"
     games = {name.removesuffix(suffix).lower(): name for name in gym.registry if name.endswith(suffix)}
     others = {name.lower(): name for name in gym.registry}
@@ -336,7 +364,14 @@ class Replay:
     rather than a map to write through, because a full disk then is an error and not a crash.
     """
 
-    COLUMNS = {"frames": ("u1", (FRAME_SIZE, FRAME_SIZE, 3)), "actions": ("<i8", ()), "rewards": ("<f4", ()), "ends": ("u1", ())}
+    COLUMNS = {
+        "frames": ("u1", (FRAME_SIZE, FRAME_SIZE, 3)), "actions": ("<i8", ()), "rewards": ("<f4", ()),
+        "ends": ("u1", ()),
+    }  # fmt: skip
+    frames: np.ndarray  # (steps, 64, 64, 3), and (steps,) the others, as of the latest flush
+    actions: np.ndarray
+    rewards: np.ndarray
+    ends: np.ndarray
 
     def __init__(self, folder: Path, length: int = 0):
         """Opens the files in `folder`, made if need be, and forgets whatever lies behind the first `length` steps."""
@@ -345,6 +380,8 @@ class Replay:
         for name, (dtype, shape) in self.COLUMNS.items():
             path, wanted = folder / f"{name}.bin", length * int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
             path.touch()
+            if length == 0 and path.stat().st_size:
+                raise IrisError(f"{path} holds steps that no checkpoint speaks of: move {folder} away")
             if path.stat().st_size < wanted:
                 raise IrisError(f"{path} is shorter than its checkpoint says: the run can't be resumed")
             os.truncate(path, wanted)
@@ -388,6 +425,10 @@ class Replay:
         indices = chosen + offsets  # (n, length)
         return np.clip(indices, starts, stops - 1), (indices >= starts) & (indices < stops)
 
+    def sample_frames(self, rng: np.random.Generator, n: int, device: torch.device) -> Tensor:
+        """n frames (n, 3, 64, 64), of uniformly drawn episodes."""
+        return self.frames_at(self.sample(rng, n, 1, "start")[0][:, 0], device)
+
     def frames_at(self, indices: np.ndarray, device: torch.device) -> Tensor:
         """Steps (...) -> their frames (..., 3, 64, 64) in [0, 1], on the device."""
         return to_model(torch.from_numpy(self.frames[indices]).to(device))
@@ -412,25 +453,29 @@ class Run:
     env: gym.Env
     replay: Replay
     rng: np.random.Generator  # all draws outside of torch: segments, epsilon, seeds
+    lock_file: Any  # open as long as the run is
     epoch: int = 0  # the last one that is complete
     game_seed: int = -1  # of the training game that is being played; -1 before the first
     game_start: int = 0  # the step at which it began
     frame: np.ndarray | None = None  # what it shows now, (64, 64, 3) uint8
+    writer: Any = None  # TensorBoard's
     tokens: Tensor | None = None  # the replay's, (steps, K) int64 on the device
-    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of each phase, for the time left
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # that each phase took
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
 def collect(run: Run) -> dict[str, float]:
-    """Plays `collect_steps` of the training game into the replay; returns and lengths of the episodes that ended."""
-    args, agent, device = run.args, run.agent.eval(), run.device
+    """Plays `collect_steps` of the training game into the replay; mean return and length of the episodes that ended,
+    which in an Atari game are single lives."""
+    args, agent, device = run.args, run.agent, run.device
     if run.frame is None:
         new_game(run)
-    # What the LSTM remembers was computed by an older tokenizer and an older LSTM: warm it up anew on the latest frames.
-    start = len(run.replay) if len(run.replay) == 0 or run.replay.ends[-1] else int(run.replay.starts[-1])
-    recent = run.replay.frames_at(np.arange(max(start, len(run.replay) - args.burn_in), len(run.replay)), device)[None]
+    # What the LSTM remembered was computed by an older tokenizer and an older LSTM: warm it up on the latest frames.
+    length = len(run.replay)
+    start = length if length == 0 or run.replay.ends[-1] else int(run.replay.starts[-1])  # of the current episode
+    recent = run.replay.frames_at(np.arange(max(start, length - args.burn_in), length), device)[None]  # (1, L, 3, ...)
     with run.autocast(), torch.no_grad():
         state = agent.actor_critic.initial_state(1)
         if recent.shape[1] > 0:
@@ -438,7 +483,7 @@ def collect(run: Run) -> dict[str, float]:
             state = agent.actor_critic.warm_up(agent.tokenizer.reconstruct(recent[0])[None], seen)
 
     ended = []
-    for step in trange(len(run.replay), len(run.replay) + args.collect_steps, desc="collect", leave=False, disable=None):
+    for step in trange(length, length + args.collect_steps, desc="collect", leave=False, disable=None):
         with run.autocast():
             actions, state = agent.act(
                 to_model(torch.from_numpy(run.frame)[None].to(device)), state, args.collect_temperature
@@ -485,30 +530,39 @@ def replay_game(run: Run) -> None:
         if not np.array_equal(frame, run.replay.frames[step]):
             raise IrisError(f"{run.args.env_id} does not repeat itself from its seed: the run can't be resumed exactly")
         frame, _, terminated, truncated, _ = run.env.step(int(run.replay.actions[step]))
-        if terminated or truncated:
+        if terminated or truncated:  # only ever a life lost: a game over would have begun another game
             frame, _ = run.env.reset()
     run.frame = frame
 
 
-def optimise(
-    run: Run, name: str, steps: int, parts: int, losses_of_a_part: Callable[[], tuple[dict, dict]]
-) -> dict[str, float]:
-    """The inside of each training phase: `steps` optimiser steps on one component, means of what was logged.
+def parts_of(run: Run, name: str) -> int:
+    """Into how many parts a component's batch is split (see Args.accumulate); dreams are never split."""
+    batch_size, fits_a_cpu = getattr(run.args, f"{name}_batch_size"), {"tokenizer": 32, "world_model": 16}.get(name)
+    if fits_a_cpu is None:
+        return 1
+    return min(batch_size, run.args.accumulate or (-(-batch_size // fits_a_cpu) if run.device.type == "cpu" else 1))
 
-    Nothing is read back from the device until the end, so a loss that is not finite is found then; the checkpoint of
-    the epoch before is still the last one. Raises IrisError with component, epoch and step in that case.
+
+def optimise(run: Run, name: str, losses_of: Callable[[int], tuple[dict, dict]]) -> dict[str, float]:
+    """The inside of each training phase: an epoch's optimiser steps on one component; means of all that was logged.
+
+    `losses_of(n)` draws n samples and returns their losses and metrics. Nothing is read back from the device until the
+    end, so a loss that is not finite is found then; the checkpoint of the epoch before is still the last one. Raises
+    IrisError with component, epoch and step in that case.
     """
     component, optimizer = getattr(run.agent, name), run.optimizers[name]
+    steps, batch_size = getattr(run.args, f"{name}_steps"), getattr(run.args, f"{name}_batch_size")
+    sizes = [len(part) for part in np.array_split(np.arange(batch_size), parts_of(run, name))]
     component.train()
     logged: dict[str, list[Tensor]] = defaultdict(list)
     began = time.perf_counter()
     for _ in trange(steps, desc=name.replace("_", " "), leave=False, disable=None):
         optimizer.zero_grad()
-        for _ in range(parts):
+        for size in sizes:
             with run.autocast():
-                losses, metrics = losses_of_a_part()
+                losses, metrics = losses_of(size)
             total = sum(losses.values())
-            (total / parts).backward()
+            (total * (size / batch_size)).backward()
             for key, value in {**losses, "loss": total, **metrics}.items():
                 logged[key].append(value.detach())
         # A norm that is not finite would spoil the weights while every loss still looks well, so it is logged, and
@@ -521,34 +575,24 @@ def optimise(
     for key, values in columns.items():
         if not values.isfinite().all():
             step = int((~values.isfinite()).nonzero()[0, 0]) * steps // len(values) + 1
-            what = name.replace("_", " ")
             raise IrisError(
-                f"the {what}'s {key} is not finite in epoch {run.epoch + 1}, step {step}. The checkpoint of epoch "
-                f"{run.epoch} is kept: try a lower learning rate or --precision fp32 with --resume {run.folder}"
+                f"the {name.replace('_', ' ')}'s {key} is not finite in epoch {run.epoch + 1}, step {step}. The "
+                f"checkpoint of epoch {run.epoch} is kept: try --resume {run.folder} with a lower learning rate"
             )
     speed = steps / (time.perf_counter() - began)
     return {f"{name}/{key}": float(values.mean()) for key, values in columns.items()} | {f"speed/{name}": speed}
 
 
-def parts_of(run: Run, batch_size: int, fits_a_cpu: int) -> int:
-    """Into how many parts a batch is split (see Args.accumulate)."""
-    return run.args.accumulate or (-(-batch_size // fits_a_cpu) if run.device.type == "cpu" else 1)
-
-
 def train_tokenizer(run: Run) -> dict[str, float]:
     """Phase 1: learn to write frames as tokens, and to paint them back."""
-    tokenizer, batch_size = run.agent.tokenizer, run.args.tokenizer_batch_size
-    parts = parts_of(run, batch_size, fits_a_cpu=32)
-    if tokenizer.config.standardize and not tokenizer.standardized:
-        indices, _ = run.replay.sample(run.rng, min(1024, len(run.replay)), 1, "start")
-        tokenizer.fit_statistics(run.replay.frames_at(indices[:, 0], run.device))
-
-    def losses():
-        indices, _ = run.replay.sample(run.rng, max(1, batch_size // parts), 1, "start")
-        return tokenizer.loss(run.replay.frames_at(indices[:, 0], run.device), run.lpips), {}
-
+    tokenizer = run.agent.tokenizer
+    tokenizer.revive_after = run.args.tokenizer.revive_after * parts_of(run, "tokenizer")  # it counts parts
+    if run.args.tokenizer.standardize and not tokenizer.standardized:
+        tokenizer.fit_statistics(run.replay.sample_frames(run.rng, min(1024, len(run.replay)), run.device))
     run.tokens = None  # they were another tokenizer's
-    return optimise(run, "tokenizer", run.args.tokenizer_steps, parts, losses)
+    return optimise(
+        run, "tokenizer", lambda n: (tokenizer.loss(run.replay.sample_frames(run.rng, n, run.device), run.lpips), {})
+    )
 
 
 def encode_replay(run: Run) -> dict[str, float]:
@@ -568,15 +612,13 @@ def encode_replay(run: Run) -> dict[str, float]:
 
 def train_world_model(run: Run) -> dict[str, float]:
     """Phase 2: learn how the tokens go on."""
-    batch_size, parts = run.args.world_model_batch_size, parts_of(run, run.args.world_model_batch_size, fits_a_cpu=16)
 
     def tokens_at(indices: np.ndarray) -> Tensor:
         return run.tokens[torch.from_numpy(indices).to(run.device)]
 
-    def losses():
-        return run.agent.world_model.loss(*sequences(run, run.replay, max(1, batch_size // parts), tokens_at)), {}
-
-    return optimise(run, "world_model", run.args.world_model_steps, parts, losses)
+    return optimise(
+        run, "world_model", lambda n: (run.agent.world_model.loss(*sequences(run, run.replay, n, tokens_at)), {})
+    )
 
 
 def sequences(run: Run, replay: Replay, n: int, tokens_at: Callable[[np.ndarray], Tensor]) -> list[Tensor]:
@@ -589,16 +631,14 @@ def sequences(run: Run, replay: Replay, n: int, tokens_at: Callable[[np.ndarray]
 def train_actor_critic(run: Run) -> dict[str, float]:
     """Phase 3: learn to act, in dreams."""
     args = run.args
-
-    def losses():
-        rollout = dream_on(run, args.actor_critic_batch_size)
-        return actor_critic_loss(rollout, args.gamma, args.lambda_, args.entropy_weight)
-
-    return optimise(run, "actor_critic", args.actor_critic_steps, 1, losses)
+    return optimise(
+        run, "actor_critic",
+        lambda n: actor_critic_loss(dream_on(run, n), args.gamma, args.lambda_, args.entropy_weight),
+    )  # fmt: skip
 
 
-def dream_on(run: Run, n: int):
-    """n imagined episodes that begin somewhere in the replay (a `Rollout`)."""
+def dream_on(run: Run, n: int) -> Rollout:
+    """n imagined episodes that begin somewhere in the replay."""
     args, agent = run.args, run.agent
     indices, mask = run.replay.sample(run.rng, n, args.burn_in + 1, "stop")
     tokens = run.tokens[torch.from_numpy(indices).to(run.device)]  # (n, burn_in + 1, K)
@@ -650,13 +690,15 @@ def play_test_episodes(agent: Agent, args: Args, device: torch.device, seed: int
                     next_frames.append(next_frame)
             going, frames = [going[place] for place in still], next_frames
             state = tuple(x[torch.tensor(still, dtype=torch.int64, device=device)] for x in state)
+    for env in envs:
+        env.close()
     return [game | {name: np.array(game[name], dtype) for name, (dtype, _) in Replay.COLUMNS.items()} for game in games]
 
 
 @torch.no_grad()
-def evaluate(run: Run, writer) -> dict[str, float]:
+def evaluate(run: Run) -> dict[str, float]:
     """Test episodes, the models' losses on them, and pictures: reconstructions and imagined episodes."""
-    args, agent, epoch, media = run.args, run.agent.eval(), run.epoch + 1, run.folder / "media"
+    args, agent, epoch, media = run.args, run.agent, run.epoch + 1, run.folder / "media"
     with tempfile.TemporaryDirectory() as folder, run.autocast():
         games, test = play_test_episodes(agent, args, run.device, int(run.rng.integers(2**31))), Replay(Path(folder))
         for i, game in enumerate(games):
@@ -666,19 +708,20 @@ def evaluate(run: Run, writer) -> dict[str, float]:
                 test.append(*step)
         test.flush()
         returns = np.array([game["return"] for game in games])
-        metrics = {"test/return": returns.mean(), "test/return_std": returns.std(), "test/return_median": np.median(returns)}
+        metrics = {"test/return": returns.mean(), "test/return_std": returns.std()}
+        metrics["test/return_median"] = np.median(returns)
         metrics["test/length"] = np.mean([game["length"] for game in games])
         if (score := human_normalised(args.env_id, returns.mean())) is not None:
             metrics["test/human_normalised_score"] = score
 
         if epoch >= args.tokenizer_from:
-            indices, _ = test.sample(run.rng, 256, 1, "start")
-            losses = [agent.tokenizer.loss(test.frames_at(part[:, 0], run.device), run.lpips) for part in np.split(indices, 4)]
+            batches = [test.sample_frames(run.rng, 64, run.device) for _ in range(4)]
+            losses = [agent.tokenizer.loss(batch, run.lpips) for batch in batches]
             metrics |= {f"tokenizer_test/{key}": np.mean([float(loss[key]) for loss in losses]) for key in losses[0]}
             originals = test.frames_at(np.linspace(0, len(test) - 1, 8).astype(int), run.device)
             pair = [originals.cpu(), agent.tokenizer.reconstruct(originals).cpu()]
             save_picture(media / f"reconstructions/epoch_{epoch:04d}.png", pair)
-            writer.add_images("reconstructions", torch.cat(pair), epoch)
+            run.writer.add_images("reconstructions", torch.cat(pair), epoch)
 
         if epoch >= args.world_model_from:
 
@@ -693,7 +736,8 @@ def evaluate(run: Run, writer) -> dict[str, float]:
             for i, episode in enumerate(zip(*columns, strict=True)):
                 named = dict(zip(Replay.COLUMNS, episode, strict=True))
                 save_episode(media / "episodes/imagination", f"epoch_{epoch:04d}_{i:02d}", named)
-            writer.add_image("imagined_episode", np.concatenate(list(columns[0][0]), axis=1), epoch, dataformats="HWC")
+            strip = np.concatenate(list(columns[0][0]), axis=1)  # (64, horizon * 64, 3)
+            run.writer.add_image("imagined_episode", strip, epoch, dataformats="HWC")
     return metrics
 
 
@@ -711,7 +755,11 @@ def save_episode(folder: Path, name: str, columns: dict[str, np.ndarray]) -> Non
 
     write(folder / f"{name}.npz")
     best = folder / "best.npz"
-    if not best.exists() or total > float(np.load(best)["return"]):
+    try:
+        beaten = total > float(np.load(best)["return"])
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):  # there is none, or a power cut emptied it
+        beaten = True
+    if beaten:
         write(best)
     for old in sorted(path for path in folder.glob("*.npz") if path != best)[:-10]:
         old.unlink()
@@ -729,9 +777,8 @@ def checkpoint_path(run_or_checkpoint: Path | str) -> Path:
 
 
 def save_checkpoint(run: Run, epoch: int) -> None:
-    """Writes all that resuming behind this epoch needs but the replay, so that a kill at any moment leaves a whole checkpoint behind.
-
-    The replay goes to disk first. Then a file beside the checkpoint is written, synced, and renamed over it.
+    """Writes all that resuming after this epoch needs but the replay, so that a kill at any moment leaves a whole
+    checkpoint. The replay goes to disk first; then a file beside the checkpoint is written, synced and renamed over it.
     """
     run.replay.flush(to_disk=True)
     content = {
@@ -743,15 +790,21 @@ def save_checkpoint(run: Run, epoch: int) -> None:
         "replay_length": len(run.replay),
         "game_seed": run.game_seed,
         "game_start": run.game_start,
-        "numpy_rng": json.dumps(run.rng.bit_generator.state),
+        "numpy_rng": json.dumps(run.rng.bit_generator.state),  # as text, for its integers have 128 bits
         "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if run.device.type == "cuda" else [],
+        "cuda_rng": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
     }
+    buffer = io.BytesIO()  # torch.save answers a full disk with errors of its own; writing bytes with the system's
+    torch.save(content, buffer)
     temporary = run.folder / "checkpoint.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)  # it would only help to fill the disk
+        raise
     temporary.replace(run.folder / "checkpoint.pt")
     folder = os.open(run.folder, os.O_RDONLY)
     os.fsync(folder)  # the new name, too, is on the disk only now
@@ -762,23 +815,28 @@ def restore(run: Run, checkpoint: dict) -> None:
     """Brings a run, just built from the same arguments, to where the checkpoint was written."""
     run.agent.load_state_dict(checkpoint["agent"])
     for name, optimizer in run.optimizers.items():
+        settings = [{key: group[key] for key in ("lr", "weight_decay")} for group in optimizer.param_groups]
         optimizer.load_state_dict(checkpoint["optimizers"][name])
+        for group, setting in zip(optimizer.param_groups, settings, strict=True):
+            group.update(setting)  # the arguments': a run may be resumed with a lower learning rate
     run.epoch, run.game_seed, run.game_start = (checkpoint[key] for key in ("epoch", "game_seed", "game_start"))
     if run.epoch < run.args.collect_epochs:
         replay_game(run)
     # Last, because building and replaying may have drawn random numbers.
     run.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
     torch.set_rng_state(checkpoint["torch_rng"])
-    if run.device.type == "cuda" and checkpoint["cuda_rng"]:
-        torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+    if run.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(checkpoint["cuda_rng"], run.device)
 
 
 def build_agent(args: Args, num_actions: int) -> Agent:
-    return Agent(
-        Tokenizer(args.tokenizer),
-        WorldModel(args.tokenizer.vocab_size, num_actions, args.world_model),
-        ActorCritic(num_actions, args.actor_critic),
-    )
+    """The three models in the sizes of the arguments, in evaluation mode. Raises IrisError if no such model can be."""
+    try:
+        tokenizer = Tokenizer(args.tokenizer)
+        world_model = WorldModel(args.tokenizer.vocab_size, num_actions, args.world_model)
+        return Agent(tokenizer, world_model, ActorCritic(num_actions, args.actor_critic)).eval()
+    except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
+        raise IrisError(f"no model has these sizes: {' '.join(str(error).split())}") from error
 
 
 def load_agent(run_or_checkpoint: Path | str) -> tuple[Agent, Args]:
@@ -791,29 +849,34 @@ def load_agent(run_or_checkpoint: Path | str) -> tuple[Agent, Args]:
     if "agent" not in content:
         return agent_from_official(content, str(path)), Args(env_id=f"{path.stem}NoFrameskip-v4")
     args = args_from_dict(content, path)
-    agent = build_agent(args, content["num_actions"])
-    agent.load_state_dict(content["agent"])
-    return agent.eval(), args
+    try:
+        agent = build_agent(args, content["num_actions"])
+        agent.load_state_dict(content["agent"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise IrisError(f"{path} is no checkpoint of this version") from error
+    return agent, args
 
 
 def init_from(agent: Agent, args: Args) -> None:
     """Copies the chosen parts of another agent into this one (`--init-from`). Raises IrisError where they don't fit."""
-    source, _ = load_agent(args.init_from)
+    source, source_args = load_agent(args.init_from)
     ours, theirs = agent.world_model.num_actions, source.world_model.num_actions
-    for name in ("tokenizer", "world_model", "actor_critic"):
+    if ours != theirs and (args.load_world_model or args.load_actor_critic):
+        raise IrisError(
+            f"{args.init_from} knows {theirs} actions and {args.env_id} has {ours}: take its tokenizer alone, with "
+            "--no-load-world-model --no-load-actor-critic"
+        )
+    for name, setting in (("tokenizer", "standardize"), ("world_model", "heads"), ("actor_critic", "channels")):
         if not getattr(args, f"load_{name}"):
             continue
-        if ours != theirs and name != "tokenizer":
-            raise IrisError(
-                f"{args.init_from} knows {theirs} actions and {args.env_id} has {ours}: take its tokenizer alone, with "
-                "--no-load-world-model --no-load-actor-critic"
-            )
-        try:
+        try:  # the settings named above change what weights mean, but not all of them change their shapes
+            if getattr(getattr(args, name), setting) != getattr(getattr(source_args, name), setting):
+                raise RuntimeError(setting)
             getattr(agent, name).load_state_dict(getattr(source, name).state_dict())
         except RuntimeError as error:
             raise IrisError(
-                f"the {name} of {args.init_from} has other sizes than this run's: give it the same --{name}... or use "
-                f"--no-load-{name.replace('_', '-')}"
+                f"the {name} of {args.init_from} has other sizes than this run's: give it the same "
+                f"--{name.replace('_', '-')}... or use --no-load-{name.replace('_', '-')}"
             ) from error
 
 
@@ -833,13 +896,6 @@ def choose_device(args: Args) -> torch.device:
         raise IrisError(f"--device {name} is not to be had here: leave it out, or use --device cpu") from error
 
 
-def choose_precision(args: Args, device: torch.device) -> bool:
-    """True for bfloat16. `auto` takes it on a GPU that has it; on a CPU it gains little where it exists at all."""
-    if args.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return args.precision == "bf16"
-
-
 def choose_perceptual_loss(args: Args) -> Lpips | None:
     """Settles args.perceptual_loss on lpips or pixel, and returns the network if it is lpips."""
     if args.perceptual_loss == "pixel":
@@ -852,20 +908,22 @@ def choose_perceptual_loss(args: Args) -> Lpips | None:
         if args.perceptual_loss == "lpips":
             raise
         args.perceptual_loss = "pixel"
-        print(f"warning: training with the pixel loss instead of the paper's perceptual loss: {error}", file=sys.stderr)
+        print(f"warning: training with the pixel loss, not the paper's perceptual loss: {error}", file=sys.stderr)
         return None
 
 
 def build(args: Args) -> Run:
     """Everything a run needs, from its arguments: fresh, or from where a resumed one stood."""
+    check(args)
     torch.manual_seed(args.seed)
     device = choose_device(args)
+    # auto is float32 on a CPU: where one has bfloat16, it gains little at these sizes.
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = has_bf16 if args.precision == "auto" else args.precision == "bf16"
     env = make_env(args.env_id, args.noop_max, args.max_frames, life_loss_ends=True)
     checkpoint = read_checkpoint(checkpoint_path(args.resume)) if args.resume else None
     lpips = choose_perceptual_loss(args)
     agent = build_agent(args, int(env.action_space.n))
-    if checkpoint and checkpoint["num_actions"] != env.action_space.n:
-        raise IrisError(f"{args.resume} knows {checkpoint['num_actions']} actions, {args.env_id} has {env.action_space.n}")
     if args.init_from and not args.resume:
         init_from(agent, args)
     agent.to(device)
@@ -877,34 +935,52 @@ def build(args: Args) -> Run:
         "actor_critic": torch.optim.Adam(agent.actor_critic.parameters(), lr=args.actor_critic_learning_rate),
     }
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__iris__{args.seed}__{int(time.time())}"
-    folder = Path(args.resume or args.run_dir or f"runs/{name}")
+    folder = checkpoint_path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
     if not args.resume and (folder / "checkpoint.pt").exists():
-        raise IrisError(f"{folder} holds a run already: go on with it with --resume {folder}, or name another --run-dir")
+        raise IrisError(f"{folder} holds a run already: --resume {folder} goes on with it; or name another --run-dir")
+    lock_file = lock(folder)
     try:
         replay = Replay(folder / "replay", checkpoint["replay_length"] if checkpoint else 0)
+        run = Run(
+            args, folder, device, bf16, agent, optimizers, lpips.to(device) if lpips else None, env, replay,
+            np.random.default_rng(args.seed), lock_file,
+        )  # fmt: skip
+        if checkpoint:
+            restore(run, checkpoint)
+        return run
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if not checkpoint:
+            raise
+        raise IrisError(f"{folder} can't be resumed: its checkpoint is not one of this version ({error!r})") from error
+
+
+def lock(folder: Path) -> Any:
+    """Makes the run's folder, and keeps other processes from training in it while the returned file is open."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "w")
     except OSError as error:
-        raise IrisError(f"can't write into the run folder {folder}: {error.strerror}; choose one with --run-dir") from error
-    run = Run(
-        args, folder, device, choose_precision(args, device), agent, optimizers,
-        lpips.to(device) if lpips else None, env, replay, np.random.default_rng(args.seed),
-    )  # fmt: skip
-    if checkpoint:
-        restore(run, checkpoint)
-    return run
+        raise IrisError(f"can't write into the run folder {folder}: {error.strerror}; choose a --run-dir") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise IrisError(f"another process is training in {folder}: stop it first, or name another --run-dir") from error
+    return handle
 
 
 def write_args(run: Run) -> None:
     """args.json: every argument as it was settled, the libraries' versions, the git commit."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")}
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     settled = {"device": str(run.device), "precision": "bf16" if run.bf16 else "fp32"}
-    content = asdict(run.args) | settled | {"versions": versions, "git_commit": git.stdout.strip() or None}
-    (run.folder / "args.json").write_text(json.dumps(content, indent=2) + "\n")
+    settled["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")}
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        settled["git_commit"] = git.stdout.strip() or None
+    except OSError:
+        settled["git_commit"] = None  # no git here
+    (run.folder / "args.json").write_text(json.dumps(asdict(run.args) | settled, indent=2) + "\n")
 
 
-def start_writers(run: Run):
+def start_writer(run: Run):
     """The TensorBoard writer; with --track, Weights & Biases listens to it."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -926,10 +1002,11 @@ def start_writers(run: Run):
 
 def warn_of_the_wait(run: Run) -> None:
     """The paper's sizes on a CPU: says, from a small batch of each phase, how long an epoch with all three takes."""
-    args, agent, seconds = run.args, run.agent.eval(), 0.0
+    args, agent, seconds = run.args, run.agent, 0.0
     frames = torch.rand(4, 3, FRAME_SIZE, FRAME_SIZE)
     tokens = torch.zeros(4, args.world_model.max_blocks, args.world_model.tokens_per_frame, dtype=torch.int64)
     steps = tokens[:, :, 0]
+    everything_is_real = torch.ones_like(steps, dtype=torch.bool)
 
     def actor_critic_losses():
         dream, state = Dream(agent.tokenizer, agent.world_model), agent.actor_critic.initial_state(4)
@@ -941,7 +1018,7 @@ def warn_of_the_wait(run: Run) -> None:
     with torch.random.fork_rng(), run.autocast():
         for name, losses in (
             ("tokenizer", lambda: agent.tokenizer.loss(frames)),
-            ("world_model", lambda: agent.world_model.loss(tokens, steps, steps, steps, steps == 0)),
+            ("world_model", lambda: agent.world_model.loss(tokens, steps, steps, steps, everything_is_real)),
             ("actor_critic", actor_critic_losses),
         ):
             began = time.perf_counter()
@@ -949,8 +1026,11 @@ def warn_of_the_wait(run: Run) -> None:
             share = getattr(args, f"{name}_batch_size") / 4
             seconds += (time.perf_counter() - began) * share * getattr(args, f"{name}_steps")
     agent.zero_grad()
-    print(f"The paper's sizes on a CPU: an epoch of all three phases will take about {duration(seconds)} here, and there "
-          f"are {args.epochs}. --preset laptop has sizes for a machine without a GPU.", flush=True)  # fmt: skip
+    print(
+        f"The paper's sizes on a CPU: an epoch of all three phases will take about {duration(seconds)} here, and there "
+        f"are {args.epochs}. --preset laptop has sizes for a machine without a GPU.",
+        flush=True,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -963,23 +1043,25 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def schedule(args: Args) -> dict[str, Callable[[int], bool]]:
-    """Which phases an epoch has."""
+def phases(args: Args) -> dict[str, tuple[Callable[[Run], dict[str, float]], range]]:
+    """The phases of an epoch, in order: name -> what to do, and the epochs that do it."""
+    stop = args.epochs + 1
+    first_to_need_tokens = min(args.tokenizer_from, args.world_model_from, args.actor_critic_from)
     return {
-        "collect": lambda epoch: epoch <= args.collect_epochs,
-        "tokenizer": lambda epoch: epoch >= args.tokenizer_from,
-        "encode": lambda epoch: epoch >= args.tokenizer_from,
-        "world_model": lambda epoch: epoch >= args.world_model_from,
-        "actor_critic": lambda epoch: epoch >= args.actor_critic_from,
-        "evaluate": lambda epoch: epoch % args.eval_every == 0,
+        "collect": (collect, range(1, min(args.collect_epochs, args.epochs) + 1)),
+        "tokenizer": (train_tokenizer, range(args.tokenizer_from, stop)),
+        "encode": (encode_replay, range(first_to_need_tokens, stop)),
+        "world_model": (train_world_model, range(args.world_model_from, stop)),
+        "actor_critic": (train_actor_critic, range(args.actor_critic_from, stop)),
+        "evaluate": (evaluate, range(args.eval_every, stop, args.eval_every) if args.eval_every else range(0)),
     }
 
 
 def time_left(run: Run) -> str:
     """From the latest durations of each phase; a lower bound while a phase that is to come has not been seen."""
     seconds, unseen = 0.0, False
-    for name, is_due in schedule(run.args).items():
-        due, seen = sum(map(is_due, range(run.epoch + 1, run.args.epochs + 1))), run.seconds[name][-5:]
+    for name, (_, epochs) in phases(run.args).items():
+        due, seen = sum(epoch > run.epoch for epoch in epochs), run.seconds[name][-5:]
         unseen |= due > 0 and not seen
         seconds += due * sum(seen) / max(1, len(seen))
     return f"{'over ' if unseen else ''}{duration(seconds)} left"
@@ -1000,34 +1082,30 @@ def summary(run: Run, metrics: dict[str, float], seconds: float) -> str:
 def main(args: Args) -> None:
     """Trains IRIS. Raises IrisError for what the user can put right, KeyboardInterrupt when stopped."""
     run = build(args)
-    write_args(run)
-    writer = start_writers(run)
-    print(f"Run folder: {run.folder}   (tensorboard --logdir {run.folder.parent})", flush=True)
-    if run.epoch == 0:
-        save_checkpoint(run, 0)
-    if args.preset == "paper" and run.device.type == "cpu":
-        warn_of_the_wait(run)
-    phases = {
-        "collect": collect, "tokenizer": train_tokenizer, "encode": encode_replay, "world_model": train_world_model,
-        "actor_critic": train_actor_critic, "evaluate": lambda run: evaluate(run, writer),
-    }  # fmt: skip
     try:
+        write_args(run)
+        run.writer = start_writer(run)
+        print(f"Run folder: {run.folder}   (tensorboard --logdir {run.folder.parent})", flush=True)
+        if run.epoch == 0:
+            save_checkpoint(run, 0)  # shows at once whether there is room for it, and can be resumed as any other
+        if args.preset == "paper" and run.device.type == "cpu":
+            warn_of_the_wait(run)
         while run.epoch < args.epochs:
             began, metrics = time.perf_counter(), {}
-            for name, is_due in schedule(args).items():
-                if is_due(run.epoch + 1):
+            for name, (phase, epochs) in phases(args).items():
+                if run.epoch + 1 in epochs:
                     phase_began = time.perf_counter()
-                    metrics |= phases[name](run)
+                    metrics |= phase(run)
                     run.seconds[name].append(time.perf_counter() - phase_began)
                     metrics[f"seconds/{name}"] = run.seconds[name][-1]
             metrics["environment_steps"] = len(run.replay)
             for name, value in metrics.items():
-                writer.add_scalar(name, value, run.epoch + 1)
-            writer.flush()
+                run.writer.add_scalar(name, value, run.epoch + 1)
+            run.writer.flush()
             save_checkpoint(run, run.epoch + 1)
             run.epoch += 1  # only now is it complete, and what the messages below say of it true
             print(summary(run, metrics, time.perf_counter() - began), flush=True)
-        print(f"Done: {run.epoch} epochs, {len(run.replay)} steps of the game. The agent is in {run.folder}/checkpoint.pt")
+        print(f"Done: {run.epoch} epochs, {len(run.replay)} steps of the game. The agent: {run.folder}/checkpoint.pt")
     except KeyboardInterrupt:
         print(
             f"\nStopped in epoch {run.epoch + 1}. Epoch {run.epoch} is saved in {run.folder}; go on from there with\n"
@@ -1035,22 +1113,16 @@ def main(args: Args) -> None:
         )
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise IrisError(
-            f"the disk is full. Epoch {run.epoch} is saved: make room, then --resume {run.folder}"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = "the disk is full" if full else f"the run folder failed ({error})"
+        raise IrisError(f"{what}. Epoch {run.epoch} is saved: mend that, then --resume {run.folder}") from error
     finally:
-        with contextlib.suppress(OSError):
-            writer.close()
-
-
-def interrupt(*_) -> None:
-    raise KeyboardInterrupt
+        if run.writer:
+            run.writer.close()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)  # a cluster's way to say Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
     try:
         main(parse_args(sys.argv[1:]))
     except IrisError as error:

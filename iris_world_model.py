@@ -24,7 +24,8 @@ Reuse it:       copy this file and iris_tokenizer.py; `WorldModel` alone needs t
     frames = dream.reset(frames)                       # (N, 3, 64, 64): N dreams begin
     frames, rewards, ends = dream.step(actions)        # (N,): and go on
 """
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ class WorldModelConfig:
 class Cache:
     """Keys and values of the positions read so far, so that a new position costs one pass, not a pass of them all.
 
-    Preallocated for the longest stream: appending writes in place, and the memory's address never changes.
+    Preallocated for the longest stream: appending writes in place, where growing would copy all that is there.
     """
 
     keys: Tensor  # (layers, N, heads, max_tokens, width / heads)
@@ -203,8 +204,8 @@ class WorldModel(nn.Module):
         """
         n, length, k = obs_tokens.shape
         output = self(torch.cat([obs_tokens, actions[..., None]], dim=2).reshape(n, length * (k + 1)))
-        # Each frame token is predicted by the position before it; the very first of the sequence by none, and what the
-        # last action predicts is not in the sequence. -100 is what cross_entropy ignores.
+        # Each frame token is predicted by the position before it; the very first of the sequence by none, and the frame
+        # that the last action leads to is not in the sequence. -100 is what cross_entropy ignores.
         padding = ~mask
         token_labels = obs_tokens.masked_fill(padding[..., None], -100).reshape(n, length * k)[:, 1:]
         reward_labels = (rewards.sign() + 1).long().masked_fill(padding, -100)
@@ -253,8 +254,8 @@ class Dream:
     def __init__(self, tokenizer: Tokenizer, world_model: WorldModel):
         if tokenizer.config.tokens_per_frame != world_model.config.tokens_per_frame:
             raise IrisError(
-                f"the tokenizer writes {tokenizer.config.tokens_per_frame} tokens a frame, "
-                f"the world model reads {world_model.config.tokens_per_frame}: make tokens_per_frame the same"
+                f"the tokenizer writes {tokenizer.config.tokens_per_frame} tokens a frame, the world model reads "
+                f"{world_model.config.tokens_per_frame}: make world_model.tokens_per_frame the same"
             )
         self.tokenizer, self.world_model = tokenizer, world_model
 
@@ -282,7 +283,7 @@ class Dream:
         # The next frame's tokens are read too, but for the 16th, which is read with the action after it.
         needed = self.stream.shape[1] + (config.tokens_per_frame - 1 if next_frame else 0)
         if needed > config.max_tokens:
-            self.stream = self.stream[:, -(max(1, config.max_blocks // 2) * config.block) :]
+            self.stream = self.stream[:, -(config.max_blocks // 2) * config.block :]
             self.cache.size = 0  # the old keys and values are written over
         # Read what is unread: the current frame's last token and the action, more after a reset or a refill.
         output = self.world_model(self.stream[:, self.cache.size :], self.cache)
@@ -311,16 +312,17 @@ def lesson(tokenizer_steps: int = 800, steps: int = 300, out: Path = Path("runs/
 
     torch.manual_seed(0)
     play = random_breakout(2000)
-    tokenizer = train_small_tokenizer(play["frames"], tokenizer_steps)
+    tokenizer = train_small_tokenizer(play["frames"][:1800], tokenizer_steps)
     tokens = torch.cat([tokenizer.encode(to_model(frames)) for frames in play["frames"].split(256)])  # (2000, K)
-    world_model = WorldModel(tokenizer.config.vocab_size, 4, replace(SMALL_WORLD_MODEL))
+    world_model = WorldModel(tokenizer.config.vocab_size, 4, SMALL_WORLD_MODEL)
     length, train_steps = world_model.config.max_blocks, 1800
     optimizer = torch.optim.AdamW(world_model.parameter_groups(weight_decay=0.01), lr=1e-3)
     for _ in trange(steps, desc="world model", disable=None):
         # A real loop keeps sequences inside an episode (`iris_train.Replay`); one game over in 400 frames is no harm.
         index = torch.randint(train_steps - length, (16, 1)) + torch.arange(length)  # (16, L)
+        everything_is_real = torch.ones_like(index, dtype=torch.bool)
         losses = world_model.loss(
-            tokens[index], play["actions"][index], play["rewards"][index], play["ends"][index], index >= 0
+            tokens[index], play["actions"][index], play["rewards"][index], play["ends"][index], everything_is_real
         )
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -336,10 +338,10 @@ def lesson(tokenizer_steps: int = 800, steps: int = 300, out: Path = Path("runs/
         frame, _, _ = dream.step(play["actions"][start + step : start + step + 1])
         dreamed.append(frame)
     save_picture(out, [real[::2], torch.cat(dreamed)[::2]])
-    guess = torch.tensor(1 / tokenizer.config.vocab_size).log().neg().item()
     print(
         f"Learned how Breakout goes on: {losses['observations'].item():.2f} nats a token (a blind guess costs "
-        f"{guess:.2f}). A real game above, and below it a dream with the same first frame and actions: {out}"
+        f"{math.log(tokenizer.config.vocab_size):.2f}). A real game above, and below it a dream with the same first frame "
+        f"and actions: {out}"
     )
 
 

@@ -55,5 +55,10 @@ class Poisoned(Counter):
         return frame, float("nan"), *rest
 
 
-for _game in (Counter, Grey, Vector, Continuous, Forgetful, Poisoned):
+class Broken(Counter):
+    def __init__(self):
+        1 / 0
+
+
+for _game in (Broken, Counter, Grey, Vector, Continuous, Forgetful, Poisoned):
     gym.register(f"{_game.__name__}-v0", entry_point=_game)

@@ -147,6 +147,13 @@ def test_codes_unused_for_long_are_revived_at_encoder_outputs_and_used_ones_stay
     assert tokenizer.encode(frames).unique().numel() > 1
 
 
+def test_a_tokenizer_that_diverges_gives_a_loss_that_is_not_finite_and_no_error_of_its_own():
+    tokenizer = small(revive_after=0).train()
+    with torch.no_grad():
+        tokenizer.encoder[0].weight.fill_(float("nan"))
+    assert not sum(tokenizer.loss(torch.rand(2, 3, 64, 64)).values()).isfinite()
+
+
 def test_no_code_is_revived_in_evaluation_mode_or_beside_the_perceptual_loss():
     frames = torch.rand(2, 3, 64, 64)
     for mode, lpips in ((False, None), (True, lambda x, y: torch.zeros(len(x)))):

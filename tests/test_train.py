@@ -81,6 +81,27 @@ def test_a_reset_with_a_seed_always_starts_a_new_game():
     assert np.array_equal(first, again) and env.unwrapped.ale.lives() == 5
 
 
+def test_a_second_life_lost_in_the_noop_step_is_no_game_over_either():
+    class Console:  # the real one, but for its count of lives
+        def __init__(self, ale):
+            self.ale = ale
+
+        def __getattr__(self, name):
+            return getattr(self.ale, name)
+
+        def lives(self):
+            return lives
+
+    env, lives = make_env("BreakoutNoFrameskip-v4", life_loss_ends=True), 5
+    env.unwrapped.ale = ale = Console(env.unwrapped.ale)
+    env.reset(seed=0)
+    lives = 4
+    assert env.step(1)[2]
+    lives, frame_number = 3, ale.getEpisodeFrameNumber()
+    env.reset()
+    assert ale.getEpisodeFrameNumber() == frame_number + 4 and not env.step(1)[2]
+
+
 def test_a_test_episode_is_a_whole_game():
     env = make_env("BreakoutNoFrameskip-v4")
     env.reset(seed=0)
@@ -130,6 +151,8 @@ def test_other_games_are_resized_and_grey_ones_get_three_channels():
         ("no_such_module:Game-v0", "No module named 'no_such_module'"),
         ("Vector-v0", "needs an image"),
         ("Continuous-v0", r"Box\(.* needs Discrete"),
+        ("Broken-v0", "ZeroDivisionError"),
+        ("", "no environment ''"),
     ],
 )
 def test_environments_that_will_not_do_are_refused_in_one_helpful_line(env_id, message):
@@ -273,35 +296,53 @@ def test_each_phase_trains_its_own_component_only(run):
         assert changed == {name}
 
 
-def test_two_equal_parts_of_a_batch_have_the_gradient_of_one(run):
-    frames, state, norms = torch.rand(4, 3, 64, 64), run.agent.state_dict(), []
-    state = {key: value.clone() for key, value in state.items()}
-    for parts in (1, 2):
+@pytest.mark.parametrize(("accumulate", "sizes"), [(1, [5]), (2, [3, 2]), (9, [1] * 5)])
+def test_a_split_batch_keeps_its_size_and_its_gradient(run, accumulate, sizes):
+    frames, state = torch.rand(5, 3, 64, 64), {key: value.clone() for key, value in run.agent.state_dict().items()}
+    tokenizer, drawn = run.agent.tokenizer, []
+
+    def losses_of(n):
+        part = frames[sum(drawn) % 5 :][:n]
+        drawn.append(n)
+        return {"loss": (tokenizer.decode(tokenizer.encode(part)) - part).square().mean()}, {}
+
+    run.args.tokenizer_batch_size, run.args.tokenizer_steps, norms = 5, 1, []
+    for run.args.accumulate in (1, accumulate):
+        drawn.clear()
         run.agent.load_state_dict(state)
-        metrics = iris_train.optimise(run, "tokenizer", 1, parts, lambda: (run.agent.tokenizer.loss(frames), {}))
-        norms.append(metrics["tokenizer/grad_norm"])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+        norms.append(iris_train.optimise(run, "tokenizer", losses_of)["tokenizer/grad_norm"])
+    assert drawn == sizes and norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_names_component_epoch_and_step(run):
-    run.epoch, calls = 6, []
+    run.epoch, run.args.world_model_steps, calls = 6, 5, []
 
-    def losses():
-        calls.append(1)
+    def losses_of(n):
+        calls.append(n)
         weight = next(run.agent.world_model.parameters())
         return {"observations": weight.sum() * (float("nan") if len(calls) == 3 else 1.0)}, {}
 
     with pytest.raises(IrisError, match="world model's observations is not finite in epoch 7, step 3"):
-        iris_train.optimise(run, "world_model", 5, 1, losses)
+        iris_train.optimise(run, "world_model", losses_of)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_though_every_loss_is(run):
-    def losses():
+    def losses_of(n):
         weight = next(run.agent.world_model.parameters())
         return {"observations": (weight - weight.detach()).abs().sum().sqrt()}, {}  # 0, with an infinite slope
 
+    run.args.world_model_steps = 1
     with pytest.raises(IrisError, match="world model's grad_norm is not finite in epoch 1, step 1"):
-        iris_train.optimise(run, "world_model", 1, 1, losses)
+        iris_train.optimise(run, "world_model", losses_of)
+
+
+def test_a_tokenizer_that_is_not_trained_in_this_run_still_writes_the_tokens(tmp_path):
+    arguments = [*FAST, "--env-id", "Counter-v0", "--run-dir", str(tmp_path / "run"), "--tokenizer-from", "99"]
+    run = iris_train.build(parse_args([*arguments, "--epochs", "1"]))
+    due = [name for name, (_, epochs) in iris_train.phases(run.args).items() if 1 in epochs]
+    assert due == ["collect", "encode", "world_model", "actor_critic"]
+    for name in due:
+        iris_train.phases(run.args)[name][0](run)
 
 
 def test_test_episodes_are_whole_games_with_their_true_returns(run):
@@ -376,6 +417,60 @@ def test_a_checkpoint_needs_no_trust(run):
     """It loads with weights_only, so it can't bring code along."""
     iris_train.save_checkpoint(run, 0)
     assert torch.load(run.folder / "checkpoint.pt", weights_only=True)["epoch"] == 0
+
+
+def test_a_resumed_run_takes_the_learning_rate_of_the_command_line(run):
+    iris_train.collect(run)
+    iris_train.train_tokenizer(run)
+    iris_train.save_checkpoint(run, 1)
+    run.lock_file.close()
+    again = iris_train.build(parse_args(["--resume", str(run.folder), "--tokenizer-learning-rate", "1e-9"]))
+    assert again.optimizers["tokenizer"].param_groups[0]["lr"] == 1e-9
+    assert again.optimizers["tokenizer"].state  # and its moments come back
+    assert again.optimizers["world_model"].param_groups[0]["weight_decay"] == 0.01
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(run):
+    iris_train.save_checkpoint(run, 0)
+    with pytest.raises(IrisError, match="another process is training"):
+        iris_train.build(parse_args(["--resume", str(run.folder)]))
+
+
+def test_steps_that_no_checkpoint_speaks_of_are_not_overwritten(run, tmp_path):
+    iris_train.collect(run)
+    run.lock_file.close()
+    with pytest.raises(IrisError, match="no checkpoint speaks of"):
+        iris_train.build(run.args)
+    assert (run.folder / "replay/frames.bin").stat().st_size == 25 * 64 * 64 * 3
+
+
+@pytest.mark.parametrize("key", ["game_start", "agent", "args", "numpy_rng", "optimizers"])
+def test_a_checkpoint_of_another_version_is_refused(run, key):
+    iris_train.save_checkpoint(run, 0)
+    run.lock_file.close()
+    path = run.folder / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    if isinstance(content[key], dict):
+        content[key].pop(next(iter(content[key])))
+    else:
+        del content[key]
+    torch.save(content, path)
+    with pytest.raises(IrisError, match="of this version|of an IRIS run"):
+        iris_train.build(parse_args(["--resume", str(run.folder)]))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    """--noop-max 0; --collect-steps 0; --collect-epochs 0; --test-episodes 0; --test-envs 0; --horizon 1; --burn-in -1;
+    --accumulate -1; --seed -1; --max-grad-norm -1; --tokenizer-learning-rate nan; --actor-critic-batch-size 0;
+    --world-model.max-blocks 1; --world-model.heads 3; --world-model.heads 0; --world-model.dropout 2;
+    --tokenizer.blocks 1 1; --tokenizer.channels 48 48 48 48 48; --tokenizer.vocab-size 0; --tokenizer.channels 8 8 8 8;
+    --actor-critic.channels 8 8 8 8 8 8 8""".split(";"),
+)
+def test_numbers_that_no_run_can_have_are_refused_at_the_start(flags, tmp_path):
+    with pytest.raises(IrisError) as error:
+        iris_train.build(parse_args([*FAST, "--env-id", "Counter-v0", "--run-dir", str(tmp_path), *flags.split()]))
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_init_from_takes_over_the_chosen_parts_only(run, tmp_path):
