@@ -307,7 +307,7 @@ class Dream:
 SMALL_WORLD_MODEL = WorldModelConfig(max_blocks=8, layers=3, heads=4, width=128, dropout=0.0)
 
 
-def lesson(tokenizer_steps: int = 800, steps: int = 300, out: Path = Path("runs/lessons/world_model.png")) -> None:
+def lesson(tokenizer_steps: int = 1000, steps: int = 600, out: Path = Path("runs/lessons/world_model.png")) -> None:
     from tqdm import trange
 
     torch.manual_seed(0)
@@ -330,7 +330,7 @@ def lesson(tokenizer_steps: int = 800, steps: int = 300, out: Path = Path("runs/
 
     # The test: 24 frames that were never trained on, and a dream that starts with the first and gets the same actions.
     world_model.eval()
-    start, horizon = train_steps + 20, 24
+    start, horizon = train_steps + 32, 24
     real = to_model(play["frames"][start : start + horizon])
     dream = Dream(tokenizer, world_model)
     dreamed = [dream.reset(real[:1])]
