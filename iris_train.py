@@ -61,106 +61,63 @@ from iris_world_model import Dream, WorldModel, WorldModelConfig
 class Args:
     """Trains IRIS on one game. The defaults are the paper's (its appendix A and published configuration)."""
 
+    # A gymnasium id with discrete actions and image observations; `module:Env-v0` imports the module first
     env_id: str = "BreakoutNoFrameskip-v4"
-    """A gymnasium id with discrete actions and image observations; `module:Env-v0` imports the module first."""
+    # Where the other arguments start: the paper's sizes, or sizes for a machine without a GPU
     preset: Literal["paper", "laptop"] = "paper"
-    """Where the other arguments start: the paper's sizes, or sizes for a machine without a GPU."""
-    seed: int = 1
-    """Seed of everything random."""
-    device: str = "auto"
-    """cuda, cpu, ...; auto takes a GPU where there is one."""
+    seed: int = 1  # Seed of everything random
+    device: str = "auto"  # cuda, cpu, ...; auto takes a GPU where there is one
+    # Type of convolutions and matrix products; auto is bf16 on a GPU that has it, else fp32
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of convolutions and matrix products; auto is bf16 on a GPU that has it, else fp32."""
+    # lpips is the paper's and needs two weight files, pixel needs none; auto takes lpips if the files can be had
     perceptual_loss: Literal["auto", "lpips", "pixel"] = "auto"
-    """lpips is the paper's and needs two weight files, pixel needs none; auto takes lpips if the files can be had."""
-    run_dir: str = ""
-    """Folder of the run; empty makes runs/{env_id}__iris__{seed}__{time}."""
-    resume: str = ""
-    """Folder of a run to go on with; its own arguments apply."""
-    init_from: str = ""
-    """Checkpoint of a run, or a published one, whose weights to start from."""
-    load_tokenizer: bool = True
-    """With init_from: take over the tokenizer."""
-    load_world_model: bool = True
-    """With init_from: take over the world model."""
-    load_actor_critic: bool = True
-    """With init_from: take over the actor-critic."""
-    track: bool = False
-    """Mirror TensorBoard to Weights & Biases (pip install wandb)."""
-    wandb_project: str = "iris"
-    """Project to track in."""
-    wandb_entity: str = ""
-    """Team to track for; empty is your own account."""
+    run_dir: str = ""  # Folder of the run; empty makes runs/{env_id}__iris__{seed}__{time}
+    resume: str = ""  # Folder of a run to go on with; its own arguments apply
+    init_from: str = ""  # Checkpoint of a run, or a published one, whose weights to start from
+    load_tokenizer: bool = True  # With init_from: take over the tokenizer
+    load_world_model: bool = True  # With init_from: take over the world model
+    load_actor_critic: bool = True  # With init_from: take over the actor-critic
+    track: bool = False  # Mirror TensorBoard to Weights & Biases (pip install wandb)
+    wandb_project: str = "iris"  # Project to track in
+    wandb_entity: str = ""  # Team to track for; empty is your own account
 
-    epochs: int = 600
-    """Epochs of the run."""
-    collect_epochs: int = 500
-    """In how many of them, from the first, the game is played."""
-    collect_steps: int = 200
-    """Environment steps played in each of these (500 x 200 is the 100,000 of Atari 100k)."""
-    collect_epsilon: float = 0.01
-    """Share of steps with a uniformly random action."""
-    collect_temperature: float = 1.0
-    """Temperature of the policy while collecting."""
-    noop_max: int = 30
-    """Training games begin with 1 to this many no-ops."""
-    max_frames: int = 20_000
-    """Raw Atari frames after which a training game is cut off."""
+    epochs: int = 600  # Epochs of the run
+    collect_epochs: int = 500  # In how many of them, from the first, the game is played
+    collect_steps: int = 200  # Environment steps played in each of these (500 x 200 is the 100,000 of Atari 100k)
+    collect_epsilon: float = 0.01  # Share of steps with a uniformly random action
+    collect_temperature: float = 1.0  # Temperature of the policy while collecting
+    noop_max: int = 30  # Training games begin with 1 to this many no-ops
+    max_frames: int = 20_000  # Raw Atari frames after which a training game is cut off
 
-    tokenizer_from: int = 6
-    """First epoch that trains the tokenizer."""
-    tokenizer_steps: int = 200
-    """Its optimiser steps an epoch."""
-    tokenizer_batch_size: int = 256
-    """Frames in each."""
-    tokenizer_learning_rate: float = 1e-4
-    """Learning rate of its Adam."""
-    world_model_from: int = 26
-    """First epoch that trains the world model."""
-    world_model_steps: int = 200
-    """Its optimiser steps an epoch."""
-    world_model_batch_size: int = 64
-    """Sequences in each, of world_model.max_blocks steps."""
-    world_model_learning_rate: float = 1e-4
-    """Learning rate of its AdamW."""
-    world_model_weight_decay: float = 0.01
-    """Weight decay of its AdamW, on the weights of linear layers."""
-    actor_critic_from: int = 51
-    """First epoch that trains the actor-critic."""
-    actor_critic_steps: int = 200
-    """Its optimiser steps an epoch."""
-    actor_critic_batch_size: int = 64
-    """Dreams in each."""
-    actor_critic_learning_rate: float = 1e-4
-    """Learning rate of its Adam."""
-    burn_in: int = 20
-    """Real frames that warm up the LSTM before a dream, and when play goes on in mid-episode."""
-    horizon: int = 20
-    """Imagined steps of a dream."""
-    gamma: float = 0.995
-    """Discount of future rewards."""
-    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.95
-    """Lambda of the lambda-returns."""
-    entropy_weight: float = 0.001
-    """Weight of the policy's entropy in the loss."""
-    max_grad_norm: float = 10.0
-    """Gradients are scaled down to this norm, in all three phases."""
+    tokenizer_from: int = 6  # First epoch that trains the tokenizer
+    tokenizer_steps: int = 200  # Its optimiser steps an epoch
+    tokenizer_batch_size: int = 256  # Frames in each
+    tokenizer_learning_rate: float = 1e-4  # Learning rate of its Adam
+    world_model_from: int = 26  # First epoch that trains the world model
+    world_model_steps: int = 200  # Its optimiser steps an epoch
+    world_model_batch_size: int = 64  # Sequences in each, of world_model.max_blocks steps
+    world_model_learning_rate: float = 1e-4  # Learning rate of its AdamW
+    world_model_weight_decay: float = 0.01  # Weight decay of its AdamW, on the weights of linear layers
+    actor_critic_from: int = 51  # First epoch that trains the actor-critic
+    actor_critic_steps: int = 200  # Its optimiser steps an epoch
+    actor_critic_batch_size: int = 64  # Dreams in each
+    actor_critic_learning_rate: float = 1e-4  # Learning rate of its Adam
+    burn_in: int = 20  # Real frames that warm up the LSTM before a dream, and when play goes on in mid-episode
+    horizon: int = 20  # Imagined steps of a dream
+    gamma: float = 0.995  # Discount of future rewards
+    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.95  # Lambda of the lambda-returns
+    entropy_weight: float = 0.001  # Weight of the policy's entropy in the loss
+    max_grad_norm: float = 10.0  # Gradients are scaled down to this norm, in all three phases
+    # Parts that the tokenizer's and world model's batches are split into to save memory, their gradients averaged; 0
+    # is 1 on a GPU, and on a CPU as many as keep a part at 32 frames or 16 sequences
     accumulate: int = 0
-    """Parts that the tokenizer's and world model's batches are split into to save memory, their gradients averaged; 0
-    is 1 on a GPU, and on a CPU as many as keep a part at 32 frames or 16 sequences."""
 
-    eval_every: int = 5
-    """Epochs from one evaluation to the next; 0 is never."""
-    test_episodes: int = 16
-    """Whole games played in each."""
-    test_envs: int = 8
-    """Games played side by side."""
-    test_temperature: float = 0.5
-    """Temperature of the policy in tests."""
-    test_noop_max: int = 1
-    """Test games begin with 1 to this many no-ops."""
-    test_max_frames: int = 108_000
-    """Raw Atari frames after which a test game is cut off (half an hour)."""
+    eval_every: int = 5  # Epochs from one evaluation to the next; 0 is never
+    test_episodes: int = 16  # Whole games played in each
+    test_envs: int = 8  # Games played side by side
+    test_temperature: float = 0.5  # Temperature of the policy in tests
+    test_noop_max: int = 1  # Test games begin with 1 to this many no-ops
+    test_max_frames: int = 108_000  # Raw Atari frames after which a test game is cut off (half an hour)
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
@@ -373,14 +330,15 @@ class Replay:
     rewards: np.ndarray
     ends: np.ndarray
 
-    def __init__(self, folder: Path, length: int = 0):
-        """Opens the files in `folder`, made if need be, and forgets whatever lies behind the first `length` steps."""
+    def __init__(self, folder: Path, length: int | None = None):
+        """Makes the files in `folder`; or, given the `length` that a checkpoint speaks of, opens them and forgets what
+        was written after it. Raises IrisError if there are steps already, or fewer than that."""
         folder.mkdir(parents=True, exist_ok=True)
         self.files = {}
         for name, (dtype, shape) in self.COLUMNS.items():
-            path, wanted = folder / f"{name}.bin", length * int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
+            path, wanted = folder / f"{name}.bin", (length or 0) * int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
             path.touch()
-            if length == 0 and path.stat().st_size:
+            if length is None and path.stat().st_size:
                 raise IrisError(f"{path} holds steps that no checkpoint speaks of: move {folder} away")
             if path.stat().st_size < wanted:
                 raise IrisError(f"{path} is shorter than its checkpoint says: the run can't be resumed")
@@ -940,7 +898,7 @@ def build(args: Args) -> Run:
         raise IrisError(f"{folder} holds a run already: --resume {folder} goes on with it; or name another --run-dir")
     lock_file = lock(folder)
     try:
-        replay = Replay(folder / "replay", checkpoint["replay_length"] if checkpoint else 0)
+        replay = Replay(folder / "replay", checkpoint["replay_length"] if checkpoint else None)
         run = Run(
             args, folder, device, bf16, agent, optimizers, lpips.to(device) if lpips else None, env, replay,
             np.random.default_rng(args.seed), lock_file,
@@ -1001,34 +959,18 @@ def start_writer(run: Run):
 
 
 def warn_of_the_wait(run: Run) -> None:
-    """The paper's sizes on a CPU: says, from a small batch of each phase, how long an epoch with all three takes."""
-    args, agent, seconds = run.args, run.agent, 0.0
-    frames = torch.rand(4, 3, FRAME_SIZE, FRAME_SIZE)
-    tokens = torch.zeros(4, args.world_model.max_blocks, args.world_model.tokens_per_frame, dtype=torch.int64)
-    steps = tokens[:, :, 0]
-    everything_is_real = torch.ones_like(steps, dtype=torch.bool)
-
-    def actor_critic_losses():
-        dream, state = Dream(agent.tokenizer, agent.world_model), agent.actor_critic.initial_state(4)
-        with torch.no_grad():
-            agent.tokenizer.decode(tokens[:, :1].expand(-1, args.burn_in, -1).flatten(0, 1))
-        rollout = imagine(agent.actor_critic, dream, dream.reset_from_tokens(tokens[:, 0]), state, args.horizon)
-        return actor_critic_loss(rollout, args.gamma, args.lambda_, args.entropy_weight)[0]
-
+    """The paper's sizes on a CPU: says roughly how long an epoch takes, from how long 4 frames of the tokenizer do."""
+    # GFLOP forwards and backwards at the paper's sizes (torch.utils.flop_counter): of a frame, a sequence, a dream.
+    costs = {"tokenizer": 14.2, "world_model": 20.0, "actor_critic": 126.5}
+    epoch = sum(getattr(run.args, f"{x}_steps") * getattr(run.args, f"{x}_batch_size") * costs[x] for x in costs)
+    began = time.perf_counter()
     with torch.random.fork_rng(), run.autocast():
-        for name, losses in (
-            ("tokenizer", lambda: agent.tokenizer.loss(frames)),
-            ("world_model", lambda: agent.world_model.loss(tokens, steps, steps, steps, everything_is_real)),
-            ("actor_critic", actor_critic_losses),
-        ):
-            began = time.perf_counter()
-            sum(losses().values()).backward()
-            share = getattr(args, f"{name}_batch_size") / 4
-            seconds += (time.perf_counter() - began) * share * getattr(args, f"{name}_steps")
-    agent.zero_grad()
+        sum(run.agent.tokenizer.loss(torch.rand(4, 3, FRAME_SIZE, FRAME_SIZE)).values()).backward()
+    run.agent.zero_grad()
+    seconds = (time.perf_counter() - began) * epoch / (4 * costs["tokenizer"])
     print(
         f"The paper's sizes on a CPU: an epoch of all three phases will take about {duration(seconds)} here, and there "
-        f"are {args.epochs}. --preset laptop has sizes for a machine without a GPU.",
+        f"are {run.args.epochs}. --preset laptop has sizes for a machine without a GPU.",
         flush=True,
     )
 
@@ -1085,9 +1027,9 @@ def main(args: Args) -> None:
     try:
         write_args(run)
         run.writer = start_writer(run)
-        print(f"Run folder: {run.folder}   (tensorboard --logdir {run.folder.parent})", flush=True)
         if run.epoch == 0:
             save_checkpoint(run, 0)  # shows at once whether there is room for it, and can be resumed as any other
+        print(f"Run folder: {run.folder}   (tensorboard --logdir {run.folder.parent})", flush=True)
         if args.preset == "paper" and run.device.type == "cpu":
             warn_of_the_wait(run)
         while run.epoch < args.epochs:

@@ -183,6 +183,9 @@ def filled_replay(tmp_path, lengths=(5, 1, 12), rest=3):
 def test_replay_gives_back_what_was_put_in_also_after_reopening(tmp_path):
     filled_replay(tmp_path)
     again = Replay(tmp_path / "replay", length=21)
+    with pytest.raises(IrisError, match="no checkpoint speaks of"):
+        Replay(tmp_path / "replay")
+    assert len(Replay(tmp_path / "replay", length=21)) == 21
     assert len(again) == 21 and (again.frames[:, 5, 6, 1] == np.arange(21)).all()
     assert (again.rewards == np.arange(21)).all() and np.flatnonzero(again.ends).tolist() == [4, 5, 17]
     assert again.starts.tolist() == [0, 5, 6, 18] and again.stops.tolist() == [5, 6, 18, 21]
