@@ -307,29 +307,33 @@ class Dream:
 SMALL_WORLD_MODEL = WorldModelConfig(max_blocks=8, layers=3, heads=4, width=128, dropout=0.0)
 
 
-def lesson(tokenizer_steps: int = 1000, steps: int = 600, out: Path = Path("runs/lessons/world_model.png")) -> None:
+def lesson(tokenizer_steps: int = 900, steps: int = 500, out: Path = Path("runs/lessons/world_model.png")) -> None:
     from tqdm import trange
 
     torch.manual_seed(0)
-    play = random_breakout(2000)
-    tokenizer = train_small_tokenizer(play["frames"][:1800], tokenizer_steps)
-    tokens = torch.cat([tokenizer.encode(to_model(frames)) for frames in play["frames"].split(256)])  # (2000, K)
+    play, train_steps = random_breakout(5000), 4800
+    tokenizer = train_small_tokenizer(play["frames"][:train_steps], tokenizer_steps)
+    tokens = torch.cat([tokenizer.encode(to_model(frames)) for frames in play["frames"].split(256)])  # (5000, K)
     world_model = WorldModel(tokenizer.config.vocab_size, 4, SMALL_WORLD_MODEL)
-    length, train_steps = world_model.config.max_blocks, 1800
+
+    def losses_from(starts: Tensor) -> dict[str, Tensor]:
+        """Of the sequences that begin at these steps (N,). A real loop keeps them inside an episode
+        (`iris_train.Replay`); one game over in 200 frames is no harm."""
+        index = starts[:, None] + torch.arange(world_model.config.max_blocks)  # (N, L)
+        columns = [play[name][index] for name in ("actions", "rewards", "ends")]
+        return world_model.loss(tokens[index], *columns, mask=torch.ones_like(index, dtype=torch.bool))
+
     optimizer = torch.optim.AdamW(world_model.parameter_groups(weight_decay=0.01), lr=1e-3)
     for _ in trange(steps, desc="world model", disable=None):
-        # A real loop keeps sequences inside an episode (`iris_train.Replay`); one game over in 400 frames is no harm.
-        index = torch.randint(train_steps - length, (16, 1)) + torch.arange(length)  # (16, L)
-        everything_is_real = torch.ones_like(index, dtype=torch.bool)
-        losses = world_model.loss(
-            tokens[index], play["actions"][index], play["rewards"][index], play["ends"][index], everything_is_real
-        )
+        losses = losses_from(torch.randint(train_steps - world_model.config.max_blocks, (16,)))
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
 
     # The test: 24 frames that were never trained on, and a dream that starts with the first and gets the same actions.
     world_model.eval()
+    with torch.no_grad():
+        nats = losses_from(torch.arange(train_steps, 4990, 6))["observations"].item()
     start, horizon = train_steps + 32, 24
     real = to_model(play["frames"][start : start + horizon])
     dream = Dream(tokenizer, world_model)
@@ -339,7 +343,7 @@ def lesson(tokenizer_steps: int = 1000, steps: int = 600, out: Path = Path("runs
         dreamed.append(frame)
     save_picture(out, [real[::2], torch.cat(dreamed)[::2]])
     print(
-        f"Learned how Breakout goes on: {losses['observations'].item():.2f} nats a token (a blind guess costs "
+        f"Learned how Breakout goes on: {nats:.2f} nats a token of unseen play (a blind guess costs "
         f"{math.log(tokenizer.config.vocab_size):.2f}). A real game above, and below it a dream with the same first frame "
         f"and actions: {out}"
     )
