@@ -452,8 +452,8 @@ def download(url: str, target: Path) -> None:
 # The lesson: python iris_tokenizer.py
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Convolutions at many pixels are what a tokenizer costs. This one has no blocks at the three finest levels. Fewer codes,
-# and a stronger pull of the vectors towards them, make tokens that a world model can foresee after a minute already.
+# Convolutions at many pixels are what a tokenizer costs. This one has no blocks at the three finest levels. Fewer
+# codes, and a stronger pull of the vectors towards them, make tokens that a world model can foresee after a minute.
 SMALL_TOKENIZER = TokenizerConfig(
     vocab_size=256, code_dim=64, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 1, 1), attention_at=(8,),
     standardize=True, pixel_commitment_weight=0.25,

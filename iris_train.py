@@ -126,7 +126,7 @@ class Args:
 
 PRESETS = {
     "paper": Args(),
-    # Two CPU cores, about two hours. Pixels are what costs, so nothing but a few convolutions works at full size.
+    # Two CPU cores, one to two hours. Pixels are what costs, so nothing but a few convolutions works at full size.
     "laptop": Args(
         preset="laptop",
         epochs=60, collect_epochs=50, collect_steps=200, max_frames=10_000, test_max_frames=10_000,
@@ -336,7 +336,8 @@ class Replay:
         folder.mkdir(parents=True, exist_ok=True)
         self.files = {}
         for name, (dtype, shape) in self.COLUMNS.items():
-            path, wanted = folder / f"{name}.bin", (length or 0) * int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
+            path = folder / f"{name}.bin"
+            wanted = (length or 0) * int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
             path.touch()
             if length is None and path.stat().st_size:
                 raise IrisError(f"{path} holds steps that no checkpoint speaks of: move {folder} away")

@@ -344,8 +344,8 @@ def lesson(tokenizer_steps: int = 900, steps: int = 500, out: Path = Path("runs/
     save_picture(out, [real[::2], torch.cat(dreamed)[::2]])
     print(
         f"Learned how Breakout goes on: {nats:.2f} nats a token of unseen play (a blind guess costs "
-        f"{math.log(tokenizer.config.vocab_size):.2f}). A real game above, and below it a dream with the same first frame "
-        f"and actions: {out}"
+        f"{math.log(tokenizer.config.vocab_size):.2f}). A real game above, and below it a dream with the same first "
+        f"frame and actions: {out}"
     )
 
 
