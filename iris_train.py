@@ -964,11 +964,12 @@ def warn_of_the_wait(run: Run) -> None:
     # GFLOP forwards and backwards at the paper's sizes (torch.utils.flop_counter): of a frame, a sequence, a dream.
     costs = {"tokenizer": 14.2, "world_model": 20.0, "actor_critic": 126.5}
     epoch = sum(getattr(run.args, f"{x}_steps") * getattr(run.args, f"{x}_batch_size") * costs[x] for x in costs)
-    began = time.perf_counter()
-    with torch.random.fork_rng(), run.autocast():
-        sum(run.agent.tokenizer.loss(torch.rand(4, 3, FRAME_SIZE, FRAME_SIZE)).values()).backward()
+    for _ in range(2):  # the first time is a slow one
+        began = time.perf_counter()
+        with torch.random.fork_rng(), run.autocast():
+            sum(run.agent.tokenizer.loss(torch.rand(4, 3, FRAME_SIZE, FRAME_SIZE)).values()).backward()
+        seconds = (time.perf_counter() - began) * epoch / (4 * costs["tokenizer"])
     run.agent.zero_grad()
-    seconds = (time.perf_counter() - began) * epoch / (4 * costs["tokenizer"])
     print(
         f"The paper's sizes on a CPU: an epoch of all three phases will take about {duration(seconds)} here, and there "
         f"are {run.args.epochs}. --preset laptop has sizes for a machine without a GPU.",
