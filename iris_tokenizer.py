@@ -391,7 +391,7 @@ LPIPS_FILES = {
 NETWORK_PATIENCE = 10.0  # seconds until a network that does not answer is given up
 
 
-def load_lpips(fetch: bool = True) -> Lpips:
+def load_lpips() -> Lpips:
     """The perceptual network, from torch.hub's cache (TORCH_HOME), fetching what is missing.
 
     Raises IrisError, naming both files and where to put them, if one is missing and can't be fetched, or is damaged.
@@ -400,8 +400,6 @@ def load_lpips(fetch: bool = True) -> Lpips:
     try:
         for name, (url, kind, digest) in LPIPS_FILES.items():
             if not (folder / name).exists():
-                if not fetch:
-                    raise OSError(f"{name} is not there")
                 download(url, folder / name)
             with open(folder / name, "rb") as file:
                 if not hashlib.file_digest(file, kind).hexdigest().startswith(digest):

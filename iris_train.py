@@ -207,6 +207,9 @@ def args_from_dict(checkpoint: dict, source: Path | str) -> Args:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+FRAME_SPACE = gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
+
+
 class AtariFrames(gym.Wrapper):
     """A `...NoFrameskip-v4` game as IRIS sees it: an action lasts 4 screens, a frame is the maximum of the last two.
 
@@ -217,7 +220,7 @@ class AtariFrames(gym.Wrapper):
     def __init__(self, env: gym.Env, noop_max: int, life_loss_ends: bool):
         super().__init__(env)
         self.noop_max, self.life_loss_ends, self.life_lost = noop_max, life_loss_ends, False
-        self.observation_space = gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
+        self.observation_space = FRAME_SPACE
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         if self.life_lost and seed is None:
@@ -279,9 +282,7 @@ def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_los
         image = image.reshape(*image.shape[:2], -1)  # (H, W, 1 or 3)
         return resize_frame(torch.from_numpy(np.repeat(image, 3 // image.shape[2], axis=2))).numpy()
 
-    return gym.wrappers.TransformObservation(
-        env, prepare, gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
-    )
+    return gym.wrappers.TransformObservation(env, prepare, FRAME_SPACE)
 
 
 def unknown_env_hint(env_id: str, error: Exception) -> str:
