@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iris_tokenizer import IrisError, Tokenizer, TokenizerConfig, conv3x3, save_picture
-from iris_world_model import WorldModel, WorldModelConfig, sample
+from iris_world_model import Linear, WorldModel, WorldModelConfig, sample
 
 State = tuple[Tensor, Tensor]  # an LSTM's (hidden, cell), each (N, lstm_width)
 
@@ -296,14 +296,16 @@ def agent_from_official(weights: dict, path: str) -> Agent:
         if missing := [source for source in sources if not isinstance(weights.get(source), Tensor)]:
             raise IrisError(f"{path} lacks the weight {missing[0]}")
         rows = [weights[source] for source in sources]
+        turned = isinstance(agent.get_submodule(prefix), Linear) and leaf == "weight"  # ours is the transpose
+        shape = (parameter.t() if turned else parameter).shape
         # What we fused is stacked along the first dimension: in equal parts, but for the two embedding tables.
-        lengths = [len(parameter) // len(rows)] * len(rows)
+        lengths = [shape[0] // len(rows)] * len(rows)
         if prefix == "world_model.embedding":
             lengths = [configs[0].vocab_size, len(actor)]
         for source, row, length in zip(sources, rows, lengths, strict=True):
-            if tuple(row.shape) != (shape := (length, *parameter.shape[1:])):
-                raise IrisError(f"{path}: the weight {source} has shape {tuple(row.shape)}, but {shape} is needed")
-        state[name] = torch.cat(rows)
+            if tuple(row.shape) != (needed := (length, *shape[1:])):
+                raise IrisError(f"{path}: the weight {source} has shape {tuple(row.shape)}, but {needed} is needed")
+        state[name] = torch.cat(rows).t() if turned else torch.cat(rows)
     agent.load_state_dict(state, strict=False)  # our own buffers keep their initial values
     return agent.eval()
 

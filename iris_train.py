@@ -16,6 +16,7 @@ Run it:   python iris_train.py --env-id BreakoutNoFrameskip-v4             # the
           python iris_train.py --help                                      # every number below is an argument
 Read it:  arguments, environment, replay, then the phases in the order of the picture, then checkpoints, then `main`.
 """
+import ctypes
 import difflib
 import errno
 import fcntl
@@ -67,8 +68,10 @@ class Args:
     preset: Literal["paper", "laptop"] = "paper"
     seed: int = 1  # Seed of everything random
     device: str = "auto"  # cuda, cpu, ...; auto takes a GPU where there is one
-    # Type of convolutions and matrix products; auto is bf16 on a GPU that has it, else fp32
+    # Type of convolutions and matrix products; auto is bf16 where the hardware has it, else fp32
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    # torch.compile the dream's token pass: on a GPU one launch in place of about 160. Compiling takes a minute at first
+    compile: bool = False
     # lpips is the paper's and needs two weight files, pixel needs none; auto takes lpips if the files can be had
     perceptual_loss: Literal["auto", "lpips", "pixel"] = "auto"
     run_dir: str = ""  # Folder of the run; empty makes runs/{env_id}__iris__{seed}__{time}
@@ -410,6 +413,7 @@ class Run:
     agent: Agent
     optimizers: dict[str, torch.optim.Optimizer]
     lpips: Lpips | None
+    dream: Dream
     env: gym.Env
     replay: Replay
     rng: np.random.Generator  # all draws outside of torch: segments, epsilon, seeds
@@ -590,26 +594,32 @@ def sequences(run: Run, replay: Replay, n: int, tokens_at: Callable[[np.ndarray]
 
 def train_actor_critic(run: Run) -> dict[str, float]:
     """Phase 3: learn to act, in dreams."""
-    args = run.args
+    args, painted = run.args, None
+    # Every dream first shows the LSTM real frames, reconstructed: 256,000 an epoch at the paper's sizes. As long as the
+    # replay has fewer, each is painted once, and kept in the replay's own format.
+    if len(run.replay) < args.actor_critic_steps * args.actor_critic_batch_size * args.burn_in:
+        with run.autocast(), torch.no_grad():
+            painted = torch.cat([to_stored(run.agent.tokenizer.decode(tokens)) for tokens in run.tokens.split(256)])
     return optimise(
         run, "actor_critic",
-        lambda n: actor_critic_loss(dream_on(run, n), args.gamma, args.lambda_, args.entropy_weight),
+        lambda n: actor_critic_loss(dream_on(run, n, painted), args.gamma, args.lambda_, args.entropy_weight),
     )  # fmt: skip
 
 
-def dream_on(run: Run, n: int) -> Rollout:
-    """n imagined episodes that begin somewhere in the replay."""
+def dream_on(run: Run, n: int, painted: Tensor | None = None) -> Rollout:
+    """n imagined episodes that begin somewhere in the replay, whose reconstructions may be `painted` already."""
     args, agent = run.args, run.agent
     indices, mask = run.replay.sample(run.rng, n, args.burn_in + 1, "stop")
-    tokens = run.tokens[torch.from_numpy(indices).to(run.device)]  # (n, burn_in + 1, K)
-    mask = torch.from_numpy(mask).to(run.device)
+    indices, mask = torch.from_numpy(indices).to(run.device), torch.from_numpy(mask).to(run.device)
     state = agent.actor_critic.initial_state(n)
     if args.burn_in:
+        before = indices[:, :-1].flatten()
         with torch.no_grad():  # in parts of 256 frames, for a decoder's activations are large
-            parts = [agent.tokenizer.decode(part) for part in tokens[:, :-1].flatten(0, 1).split(256)]
+            parts = [to_model(painted[part]) if painted is not None else agent.tokenizer.decode(run.tokens[part])
+                     for part in before.split(256)]  # fmt: skip
         state = agent.actor_critic.warm_up(torch.cat(parts).unflatten(0, (n, args.burn_in)), mask[:, :-1])
-    dream = Dream(agent.tokenizer, agent.world_model)
-    return imagine(agent.actor_critic, dream, dream.reset_from_tokens(tokens[:, -1]), state, args.horizon)
+    first = run.dream.reset_from_tokens(run.tokens[indices[:, -1]])
+    return imagine(agent.actor_critic, run.dream, first, state, args.horizon)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -817,6 +827,17 @@ def load_agent(run_or_checkpoint: Path | str) -> tuple[Agent, Args]:
     return agent, args
 
 
+def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Optimizer]:
+    """Adam for each model, and AdamW for the world model (paper, appendix); fused: one operator for all weights."""
+    groups = agent.world_model.parameter_groups(args.world_model_weight_decay)
+    adam, adamw = torch.optim.Adam, torch.optim.AdamW
+    return {
+        "tokenizer": adam(agent.tokenizer.parameters(), lr=args.tokenizer_learning_rate, fused=True),
+        "world_model": adamw(groups, lr=args.world_model_learning_rate, fused=True),
+        "actor_critic": adam(agent.actor_critic.parameters(), lr=args.actor_critic_learning_rate, fused=True),
+    }
+
+
 def init_from(agent: Agent, args: Args) -> None:
     """Copies the chosen parts of another agent into this one (`--init-from`). Raises IrisError where they don't fit."""
     source, source_args = load_agent(args.init_from)
@@ -856,6 +877,25 @@ def choose_device(args: Args) -> torch.device:
         raise IrisError(f"--device {name} is not to be had here: leave it out, or use --device cpu") from error
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bfloat16, rather than torch pretending it does."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any("bf16" in name and there for name, there in capabilities.items())
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep the blocks that it frees. Else it returns large ones to the system at once, which clears
+    them page by page for the next batch: on a CPU that takes a third of the tokenizer's training time."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # another C library
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the heap's end before they are returned
+    mallopt(-4, 0)  # M_MMAP_MAX: blocks outside the heap, which are returned when freed
+
+
 def choose_perceptual_loss(args: Args) -> Lpips | None:
     """Settles args.perceptual_loss on lpips or pixel, and returns the network if it is lpips."""
     if args.perceptual_loss == "pixel":
@@ -875,11 +915,12 @@ def choose_perceptual_loss(args: Args) -> Lpips | None:
 def build(args: Args) -> Run:
     """Everything a run needs, from its arguments: fresh, or from where a resumed one stood."""
     check(args)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     device = choose_device(args)
-    # auto is float32 on a CPU: where one has bfloat16, it gains little at these sizes.
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    bf16 = has_bf16 if args.precision == "auto" else args.precision == "bf16"
+    bf16 = has_bf16(device) if args.precision == "auto" else args.precision == "bf16"
+    if device.type == "cuda":  # TF32: what stays in float32 is multiplied in tensor cores too
+        torch.set_float32_matmul_precision("high")
     env = make_env(args.env_id, args.noop_max, args.max_frames, life_loss_ends=True)
     checkpoint = read_checkpoint(checkpoint_path(args.resume)) if args.resume else None
     lpips = choose_perceptual_loss(args)
@@ -887,13 +928,7 @@ def build(args: Args) -> Run:
     if args.init_from and not args.resume:
         init_from(agent, args)
     agent.to(device)
-    optimizers = {
-        "tokenizer": torch.optim.Adam(agent.tokenizer.parameters(), lr=args.tokenizer_learning_rate),
-        "world_model": torch.optim.AdamW(
-            agent.world_model.parameter_groups(args.world_model_weight_decay), lr=args.world_model_learning_rate
-        ),
-        "actor_critic": torch.optim.Adam(agent.actor_critic.parameters(), lr=args.actor_critic_learning_rate),
-    }
+    optimizers = make_optimizers(agent, args)
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__iris__{args.seed}__{int(time.time())}"
     folder = checkpoint_path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
     if not args.resume and (folder / "checkpoint.pt").exists():
@@ -902,8 +937,9 @@ def build(args: Args) -> Run:
     try:
         replay = Replay(folder / "replay", checkpoint["replay_length"] if checkpoint else None)
         run = Run(
-            args, folder, device, bf16, agent, optimizers, lpips.to(device) if lpips else None, env, replay,
-            np.random.default_rng(args.seed), lock_file,
+            args, folder, device, bf16, agent, optimizers, lpips.to(device) if lpips else None,
+            Dream(agent.tokenizer, agent.world_model, args.compile), env, replay, np.random.default_rng(args.seed),
+            lock_file,
         )  # fmt: skip
         if checkpoint:
             restore(run, checkpoint)

@@ -27,6 +27,7 @@ Reuse it:       copy this file and iris_tokenizer.py; `WorldModel` alone needs t
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +73,8 @@ class Cache:
     Preallocated for the longest stream: appending writes in place, where growing would copy all that is there.
     """
 
-    keys: Tensor  # (layers, N, heads, max_tokens, width / heads)
-    values: Tensor  # the same
+    # (layers, N, 2 * heads, max_tokens, width / heads): the heads' keys, then their values. A list for compiled passes
+    kv: Tensor | list[Tensor]
     size: int = 0  # positions filled; a Python number, so that asking for it never waits for the GPU
 
 
@@ -86,38 +87,60 @@ class WorldModelOutput:
     end_logits: Tensor  # (N, action positions, 2), for going on and ending
 
 
+class Linear(nn.Module):
+    """Rows (M, inputs) -> (M, outputs): rows @ weight + bias.
+
+    `nn.Linear` stores its weight the other way round and turns it in every call. A dreamed frame takes 670 products,
+    each of a few microseconds: what is not done at all is the fastest.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs).normal_(std=0.02))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.addmm(self.bias, rows, self.weight)
+
+
 class Layer(nn.Module):
-    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)). Shape (N, T, width) is kept."""
+    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)). Shape (N * T, width) is kept."""
 
     def __init__(self, config: WorldModelConfig):
         super().__init__()
         self.heads, self.dropout = config.heads, config.dropout
         self.attention_norm = nn.LayerNorm(config.width)
-        self.qkv = nn.Linear(config.width, 3 * config.width)  # queries, keys and values in one product
-        self.attention_out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)  # queries, keys and values in one product
+        self.attention_out = Linear(config.width, config.width)
         self.mlp_norm = nn.LayerNorm(config.width)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.width, 4 * config.width), nn.GELU(), nn.Linear(4 * config.width, config.width)
-        )
+        self.mlp = nn.Sequential(Linear(config.width, 4 * config.width), nn.GELU(), Linear(4 * config.width, config.width))
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None, index: int) -> Tensor:
-        n, t, width = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(n, t, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, width / heads)
-        if cache is not None:
-            # Write the new positions behind the old ones, and attend over all that is filled.
-            filled = cache.size + t
-            cache.keys[index, :, :, cache.size : filled] = k
-            cache.values[index, :, :, cache.size : filled] = v
-            k, v = cache.keys[index, :, :, :filled], cache.values[index, :, :, :filled]
-        dropout = self.dropout if self.training else 0.0
-        # No mask and more than one position means a stream from its start: plainly causal.
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and t > 1
-        )  # (N, heads, T, width / heads)
-        attended = attended.transpose(1, 2).reshape(n, t, width)
-        x = x + F.dropout(self.attention_out(attended), self.dropout, self.training)
+    def forward(self, x: Tensor, n: int, past: "Past | None") -> Tensor:
+        t = len(x) // n
+        qkv = self.qkv(self.attention_norm(x))
+        # (N, 3 * heads, T, width / heads). A dream goes position by position, and a single one needs no transposing.
+        qkv = qkv.view(n, 3 * self.heads, 1, -1) if t == 1 else qkv.view(n, t, 3 * self.heads, -1).transpose(1, 2)
+        q, kv = qkv.split([self.heads, 2 * self.heads], dim=1)
+        if past is None:
+            k, v = kv.chunk(2, dim=1)
+            dropout = self.dropout if self.training else 0.0
+            attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        else:
+            past.cache.index_copy_(2, past.positions, kv)  # k and v below are views of the cache, and see it
+            attended = F.scaled_dot_product_attention(q, past.k, past.v, attn_mask=past.mask)
+        attended = attended if t == 1 else attended.transpose(1, 2)  # (N, T, heads, width / heads)
+        x = x + F.dropout(self.attention_out(attended.reshape(x.shape)), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+
+
+class Past(NamedTuple):
+    """What one layer is to know of the cache (see `WorldModel.read`)."""
+
+    cache: Tensor  # (N, 2 * heads, max_tokens, width / heads), to write into
+    positions: Tensor  # (T,), where
+    k: Tensor  # (N, heads, filled, width / heads), to attend over
+    v: Tensor
+    mask: Tensor | None  # (T, filled), True where a position may look; None is everywhere
 
 
 class WorldModel(nn.Module):
@@ -133,66 +156,88 @@ class WorldModel(nn.Module):
         # Frame tokens and actions have an embedding table each; stacked, one look-up serves a mixed stream.
         self.embedding = nn.Embedding(vocab_size + num_actions, config.width)
         self.position_embedding = nn.Embedding(config.max_tokens, config.width)
+        for table in (self.embedding, self.position_embedding):
+            nn.init.normal_(table.weight, std=0.02)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.width)
 
         def head(outputs: int) -> nn.Sequential:
-            return nn.Sequential(nn.Linear(config.width, config.width), nn.ReLU(), nn.Linear(config.width, outputs))
+            return nn.Sequential(Linear(config.width, config.width), nn.ReLU(), Linear(config.width, outputs))
 
         self.observation_head, self.reward_head, self.end_head = head(vocab_size), head(3), head(2)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
 
         # What stands where in a stream of full length. Buffers, so that they are on the device already when needed.
-        place = torch.arange(config.max_tokens) % config.block  # place of a position within its block
-        is_action = place == config.tokens_per_frame
-        causal = torch.ones(config.max_tokens, config.max_tokens, dtype=torch.bool).tril()
-        self.register_buffer("table_offset", is_action * vocab_size, persistent=False)
+        positions = torch.arange(config.max_tokens)
+        place = positions % config.block  # of a position within its block
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("table_offset", (place == config.tokens_per_frame) * vocab_size, persistent=False)
         self.register_buffer("observation_at", (place != config.tokens_per_frame - 1).nonzero()[:, 0], persistent=False)
-        self.register_buffer("causal", causal, persistent=False)
+        self.register_buffer("causal", positions[:, None] >= positions, persistent=False)
 
     def empty_cache(self, n: int) -> Cache:
         """A cache for n streams, with nothing read yet, in the type that keys have here (bfloat16 under autocast)."""
         config, weight = self.config, self.embedding.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        shape = (config.layers, n, config.heads, config.max_tokens, config.width // config.heads)
-        return Cache(weight.new_zeros(shape, dtype=dtype), weight.new_zeros(shape, dtype=dtype))
+        shape = (config.layers, n, 2 * config.heads, config.max_tokens, config.width // config.heads)
+        return Cache(weight.new_zeros(shape, dtype=dtype))
 
-    def _observations_before(self, position: int) -> int:
-        """How many positions left of this one predict a frame token: 16 in a whole block, all but the 16th of 17."""
-        blocks, rest = divmod(position, self.config.block)
-        return blocks * self.config.tokens_per_frame + min(rest, self.config.tokens_per_frame - 1)
+    def read(self, rows: Tensor, positions: Tensor, kv: Tensor | None = None, filled: int | None = None) -> Tensor:
+        """The transformer without its heads: -> what it thinks at each position, (N * T, width).
+
+        `rows` (N, T) int64 are rows of the embedding table: frame tokens as they are, actions with vocab_size added.
+        They stand at `positions` (T,). Without a cache these start the stream. With one (`kv`, see `Cache`) they are
+        written into it, and look at its first `filled` positions; where `filled` is None at all of it, under a mask,
+        so that no shape depends on the position (for `torch.compile`, which else would compile each position anew).
+        """
+        n, t = rows.shape
+        x = self.embedding(rows) + self.position_embedding(positions)  # (N, T, width)
+        x = F.dropout(x, self.config.dropout, self.training).view(n * t, -1)
+        pasts = [None] * len(self.layers)
+        if kv is not None:
+            mask = self.causal[positions, :filled] if t > 1 or filled is None else None
+            if filled is None:
+                pasts = [Past(cache, positions, *cache.chunk(2, dim=1), mask) for cache in kv]
+            else:  # the views of all layers, in four operators
+                keys, values = (half.unbind() for half in kv[..., :filled, :].chunk(2, dim=2))
+                pasts = [Past(*layer, mask) for layer in zip(kv, [positions] * len(kv), keys, values, strict=True)]
+        for layer, past in zip(self.layers, pasts, strict=True):
+            x = layer(x, n, past)
+        return self.final_norm(x)
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> WorldModelOutput:
         """Tokens (N, T) -> logits at the positions of this pass.
 
-        Without a cache the stream starts here. With one, it continues the positions that the cache holds, and the
-        cache grows by T. Raises ValueError when the stream becomes longer than max_tokens.
+        Without a cache the stream starts here. With one, it continues the positions that the cache holds, the cache
+        grows by T, and there is no gradient. Raises ValueError when the stream becomes longer than max_tokens.
         """
+        n, t = tokens.shape
         start = 0 if cache is None else cache.size
-        stop = start + tokens.shape[1]
+        stop = start + t
         if stop > self.config.max_tokens:
             raise ValueError(f"a stream of {stop} tokens is longer than the world model's {self.config.max_tokens}")
-        x = self.embedding(tokens + self.table_offset[start:stop]) + self.position_embedding.weight[start:stop]
-        x = F.dropout(x, self.config.dropout, self.training)  # (N, T, width)
-        mask = self.causal[start:stop, :stop] if start > 0 and stop - start > 1 else None  # (T, stop)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, mask, cache, index)
-        x = self.final_norm(x)
+        rows, positions = tokens + self.table_offset[start:stop], self.positions[start:stop]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            x = self.read(rows, positions, cache.kv if cache else None, stop).view(n, t, -1)  # (N, T, width)
         if cache is not None:
             cache.size = stop
 
         # Heads cost as much as a layer, so they look only where they have something to say.
         observing = self.observation_at[self._observations_before(start) : self._observations_before(stop)] - start
-        first_action = (self.config.tokens_per_frame - start) % self.config.block
-        at_actions = x[:, first_action :: self.config.block]  # (N, actions in this pass, width)
+        acting = self.positions[(self.config.tokens_per_frame - start) % self.config.block : t : self.config.block]
+
+        def at(places: Tensor, head: nn.Sequential) -> Tensor:
+            logits = head(x[:, places].flatten(0, 1))
+            return logits.view(n, len(places), logits.shape[1])
+
         return WorldModelOutput(
-            self.observation_head(x[:, observing]), self.reward_head(at_actions), self.end_head(at_actions)
+            at(observing, self.observation_head), at(acting, self.reward_head), at(acting, self.end_head)
         )
+
+    def _observations_before(self, position: int) -> int:
+        """How many positions left of this one predict a frame token: 16 in a whole block, all but the 16th of 17."""
+        blocks, rest = divmod(position, self.config.block)
+        return blocks * self.config.tokens_per_frame + min(rest, self.config.tokens_per_frame - 1)
 
     def loss(
         self, obs_tokens: Tensor, actions: Tensor, rewards: Tensor, ends: Tensor, mask: Tensor
@@ -218,7 +263,7 @@ class WorldModel(nn.Module):
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """For AdamW: the weights of Linear layers decay, embeddings, norms and biases do not (published code)."""
-        decaying = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
+        decaying = {id(module.weight) for module in self.modules() if isinstance(module, Linear)}
         parameters = list(self.parameters())
         return [
             {"params": [p for p in parameters if id(p) in decaying], "weight_decay": weight_decay},
@@ -231,33 +276,49 @@ class WorldModel(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def sample(logits: Tensor) -> Tensor:
+def sample(logits: Tensor, noise: Tensor | None = None) -> Tensor:
     """Draws one of C classes from logits (..., C) -> (...) int64, without asking the host for anything.
 
-    Exponential race: if each class arrives after a time Exp(1) / p, the first to arrive is a draw from p.
+    Exponential race: if each class arrives after a time Exp(1) / p, the first to arrive is a draw from p; in logarithms
+    this is the Gumbel-max trick. `noise` is log Exp(1), for who has drawn it already.
     """
-    probabilities = logits.float().softmax(dim=-1)
-    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
+    noise = torch.empty_like(logits, dtype=torch.float32).exponential_().log() if noise is None else noise
+    return (logits - noise).argmax(dim=-1)  # float32, as the noise is
+
+
+def next_token(world_model: WorldModel, rows, positions, kv, filled, noise) -> tuple[Tensor, Tensor]:
+    """Reads rows (N, T) (see `WorldModel.read`) -> the frame token drawn behind the last (N,), and what the world model
+    thinks there (N, width). This is the token pass, 16 of which dream a frame."""
+    x = world_model.read(rows, positions, kv, filled)
+    x = x if rows.shape[1] == 1 else x.view(*rows.shape, -1)[:, -1]
+    return sample(world_model.observation_head(x), noise), x
 
 
 class Dream:
     """A batch of N imagined environments (paper, section 2.3): the world model samples, the tokenizer paints.
 
-    Everything stays on the device: nothing in `step` waits for a number. Call both methods without gradients; put the
-    two models into evaluation mode first, since dropout would blur the dream.
+    Everything stays on the device: nothing in `step` waits for a number. Put the two models into evaluation mode first,
+    since dropout would blur the dream. One `Dream` may be reset again and again, and keeps its cache.
 
     A dream may be longer than the transformer's 20 blocks. When the stream is full, the more recent half of its blocks
     is read again from position 0, so that speed and direction of what moves are not forgotten (the published code
     starts over from the last frame alone, which shows no motion). Half, because one long pass then buys ten steps.
+
+    With `compile`, torch.compile makes one call of the token pass; on a GPU, one launch of a CUDA graph. For that, its
+    shapes and addresses are fixed: the attention runs over the whole cache under a mask, the position is a tensor, and
+    the random numbers are drawn outside.
     """
 
-    def __init__(self, tokenizer: Tokenizer, world_model: WorldModel):
+    def __init__(self, tokenizer: Tokenizer, world_model: WorldModel, compile: bool = False):
         if tokenizer.config.tokens_per_frame != world_model.config.tokens_per_frame:
             raise IrisError(
                 f"the tokenizer writes {tokenizer.config.tokens_per_frame} tokens a frame, the world model reads "
                 f"{world_model.config.tokens_per_frame}: make world_model.tokens_per_frame the same"
             )
-        self.tokenizer, self.world_model = tokenizer, world_model
+        self.tokenizer, self.world_model, self.compile = tokenizer, world_model, compile
+        self.cache: Cache | None = None
+        mode = "reduce-overhead" if world_model.embedding.weight.is_cuda else None  # this is what makes CUDA graphs
+        self.next_token = torch.compile(next_token, mode=mode, fullgraph=True) if compile else next_token
 
     @torch.no_grad()
     def reset(self, frames: Tensor) -> Tensor:
@@ -267,7 +328,13 @@ class Dream:
     @torch.no_grad()
     def reset_from_tokens(self, tokens: Tensor) -> Tensor:
         """The same, for frames that are tokens (N, K) already."""
-        self.cache = self.world_model.empty_cache(len(tokens))
+        if self.cache is None or self.cache.kv[0].shape[0] != len(tokens):
+            self.cache = self.world_model.empty_cache(len(tokens))
+            if self.compile:  # a compiler would copy all of one tensor to write into a slice of it
+                self.cache.kv = [layer.clone() for layer in self.cache.kv]
+                for layer in self.cache.kv:
+                    torch._dynamo.mark_static_address(layer)  # what a CUDA graph writes into has to stay where it is
+        self.cache.size = 0
         self.tokens = tokens  # (N, K), the current frame
         self.stream = tokens  # (N, S), the text that the cache stands for, and behind it what is still unread
         return self.tokenizer.decode(tokens)
@@ -278,26 +345,39 @@ class Dream:
 
         With `next_frame=False` the frame is None and costs nothing: for the last step of a dream.
         """
-        config = self.world_model.config
-        self.stream = torch.cat([self.stream, actions[:, None]], dim=1)
+        config, model = self.world_model.config, self.world_model
+        # The stream is written as rows of the embedding table, in which actions follow the frame tokens.
+        self.stream = torch.cat([self.stream, actions[:, None] + model.vocab_size], dim=1)
         # The next frame's tokens are read too, but for the 16th, which is read with the action after it.
         needed = self.stream.shape[1] + (config.tokens_per_frame - 1 if next_frame else 0)
         if needed > config.max_tokens:
             self.stream = self.stream[:, -(config.max_blocks // 2) * config.block :]
             self.cache.size = 0  # the old keys and values are written over
+        # All random numbers of the frame at once. For K tokens a dream: one line of the vocabulary each.
+        shape = (config.tokens_per_frame, len(actions), model.vocab_size)
+        noise = torch.empty(shape, device=actions.device).exponential_().log().unbind()
         # Read what is unread: the current frame's last token and the action, more after a reset or a refill.
-        output = self.world_model(self.stream[:, self.cache.size :], self.cache)
-        rewards = sample(output.reward_logits[:, -1]).float() - 1
-        ends = sample(output.end_logits[:, -1]).bool()
+        token, x = self._read(self.stream[:, self.cache.size :], noise[0])
+        rewards = sample(model.reward_head(x)).float() - 1
+        ends = sample(model.end_head(x)).bool()
         if not next_frame:
             return None, rewards, ends
-        tokens = [sample(output.observation_logits[:, -1])]
-        while len(tokens) < config.tokens_per_frame:
-            output = self.world_model(tokens[-1][:, None], self.cache)
-            tokens.append(sample(output.observation_logits[:, -1]))
+        tokens = [token]
+        for more in noise[1:]:
+            tokens.append(self._read(tokens[-1][:, None], more)[0])
         self.tokens = torch.stack(tokens, dim=1)  # (N, K)
         self.stream = torch.cat([self.stream, self.tokens], dim=1)
         return self.tokenizer.decode(self.tokens), rewards, ends
+
+    def _read(self, rows: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        start, stop = self.cache.size, self.cache.size + rows.shape[1]
+        self.cache.size = stop
+        positions = self.world_model.positions[start:stop]
+        if not self.compile:
+            return self.next_token(self.world_model, rows, positions, self.cache.kv, stop, noise)
+        torch.compiler.cudagraph_mark_step_begin()
+        # A CUDA graph writes its outputs to the same place every time.
+        return tuple(x.clone() for x in self.next_token(self.world_model, rows, positions, self.cache.kv, None, noise))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

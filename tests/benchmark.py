@@ -1,0 +1,511 @@
+"""How fast is it, and against what? `python tests/benchmark.py` (about 12 minutes on two cores); see README, "Speed".
+
+It measures the project beside a plain version of the same mathematics, written below as one would write it first:
+separate products for queries, keys and values, attention as a masked softmax, a cache that grows by copying, 17 passes
+for a dreamed frame, and frames that are encoded and reconstructed whenever a sample needs them. Both are held against
+what the machine reaches when it does nothing but multiply or convolve. Each measurement has a process of its own, so
+that memory peaks are its own, and takes the best of a few repetitions; plain and ours take turns.
+
+`Plain` is also the reference of `test_speed.py`, which shows that it computes the same.
+"""
+import dataclasses
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from iris_agent import Agent, actor_critic_loss, imagine, official_names  # noqa: E402
+from iris_train import PRESETS, Args, build_agent, keep_freed_memory, make_optimizers, to_model, to_stored  # noqa: E402
+from iris_world_model import Dream  # noqa: E402
+
+
+# --- the plain version -----------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """Tokenizer and world model as plain functions on weights in the published format, taken from one of our agents."""
+
+    def __init__(self, agent: Agent, requires_grad: bool = True):
+        self.tokenizer, self.world_model = agent.tokenizer.config, agent.world_model.config
+        self.mean, self.std = agent.tokenizer.frame_mean, agent.tokenizer.frame_std
+        self.vocab_size, self.actor_critic, self.training = agent.world_model.vocab_size, agent.actor_critic, True
+        names = official_names(self.tokenizer, agent.actor_critic.config, self.world_model.layers)
+        self.weights: dict[str, Tensor] = {}
+        for name, parameter in agent.named_parameters():
+            prefix, _, leaf = name.rpartition(".")
+            if name.startswith("world_model") and leaf == "weight" and "norm" not in name and "embedding" not in name:
+                parameter = parameter.t()
+            lengths = [len(parameter) // len(names[prefix])] * len(names[prefix])
+            if prefix == "world_model.embedding":
+                lengths = [self.vocab_size, len(parameter) - self.vocab_size]
+            for theirs, rows in zip(names[prefix], parameter.detach().split(lengths), strict=True):
+                rows = rows.clone(memory_format=torch.contiguous_format)
+                self.weights[f"{theirs}.{leaf}"] = rows.requires_grad_(requires_grad)
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+
+    def conv(self, name: str, x: Tensor, **options) -> Tensor:
+        return F.conv2d(x, *self.pair(name), **options)
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, *self.pair(name))
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        weight, bias = (p.to(x.dtype) for p in self.pair(name))
+        return F.group_norm(x, min(32, x.shape[1]), weight, bias, eps=1e-6)
+
+    def block(self, name: str, x: Tensor) -> Tensor:
+        h = self.conv(f"{name}.conv1", F.silu(self.norm(f"{name}.norm1", x)), padding=1)
+        return x + self.conv(f"{name}.conv2", F.silu(self.norm(f"{name}.norm2", h)), padding=1)
+
+    def attention(self, name: str, x: Tensor) -> Tensor:
+        h = self.norm(f"{name}.norm", x)
+        q, k, v = (self.conv(f"{name}.{part}", h).flatten(2) for part in "qkv")  # (N, C, HW)
+        weights = torch.bmm(q.transpose(1, 2), k).div(math.sqrt(x.shape[1])).softmax(dim=2)  # (N, HW, HW)
+        return x + self.conv(f"{name}.proj_out", torch.bmm(v, weights.transpose(1, 2)).view_as(x))
+
+    def middle(self, name: str, x: Tensor) -> Tensor:
+        x = self.attention(f"{name}.mid.attn_1", self.block(f"{name}.mid.block_1", x))
+        return self.block(f"{name}.mid.block_2", x)
+
+    def level(self, name: str, level: int, blocks: int, x: Tensor) -> Tensor:
+        for i in range(blocks):
+            x = self.block(f"{name}.{level}.block.{i}", x)
+            if 64 >> level in self.tokenizer.attention_at:
+                x = self.attention(f"{name}.{level}.attn.{i}", x)
+        return x
+
+    def vectors(self, frames: Tensor) -> Tensor:
+        """(N, 3, 64, 64) -> (N * K, D) float32."""
+        name, x = "tokenizer.encoder", (frames * 2 - 1 - self.mean) / self.std
+        x = self.conv(f"{name}.conv_in", x, padding=1)
+        for level, blocks in enumerate(self.tokenizer.blocks):
+            x = self.level(f"{name}.down", level, blocks, x)
+            if level + 1 < len(self.tokenizer.blocks):
+                x = self.conv(f"{name}.down.{level}.downsample.conv", F.pad(x, (0, 1, 0, 1)), stride=2)
+        x = self.conv(f"{name}.conv_out", F.silu(self.norm(f"{name}.norm_out", self.middle(name, x))), padding=1)
+        return self.conv("tokenizer.pre_quant_conv", x).permute(0, 2, 3, 1).flatten(0, 2).float()
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        with torch.autocast(vectors.device.type, enabled=False):
+            codes = self.weights["tokenizer.embedding.weight"]
+            squares = vectors.square().sum(1, keepdim=True) + codes.square().sum(1)
+            return (squares - 2 * vectors @ codes.t()).argmin(dim=1)
+
+    def paint(self, codes: Tensor) -> Tensor:
+        """(N * K, D) -> (N, 3, 64, 64), about in [-1, 1]."""
+        name, side = "tokenizer.decoder", math.isqrt(self.tokenizer.tokens_per_frame)
+        x = codes.unflatten(0, (-1, side, side)).permute(0, 3, 1, 2).contiguous()
+        x = self.middle(name, self.conv(f"{name}.conv_in", self.conv("tokenizer.post_quant_conv", x), padding=1))
+        for level, blocks in reversed(list(enumerate(self.tokenizer.blocks))):
+            x = self.level(f"{name}.up", level, blocks + 1 if blocks else 0, x)
+            if level > 0:
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+                x = self.conv(f"{name}.up.{level}.upsample.conv", x, padding=1)
+        x = self.conv(f"{name}.conv_out", F.silu(self.norm(f"{name}.norm_out", x)), padding=1)
+        return x.float() * self.std + self.mean
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        return self.nearest(self.vectors(frames)).view(len(frames), -1)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        return ((self.paint(self.weights["tokenizer.embedding.weight"][tokens.flatten()]) + 1) / 2).clamp(0, 1)
+
+    def tokenizer_loss(self, frames: Tensor) -> Tensor:
+        vectors = self.vectors(frames)
+        codes = self.weights["tokenizer.embedding.weight"][self.nearest(vectors.detach())]
+        error = (self.paint(vectors + (codes - vectors).detach()) + 1) / 2 - frames
+        pixel = 0.1 * error.abs().mean() + error.square().mean() + 0.01 * error.square().flatten(1).amax(1).mean()
+        commitment = F.mse_loss(vectors, codes.detach())
+        return pixel + F.mse_loss(codes, vectors.detach()) + self.tokenizer.pixel_commitment_weight * commitment
+
+    def dropout(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.world_model.dropout, self.training)
+
+    def transformer(self, tokens: Tensor, cache: list | None) -> Tensor:
+        """Tokens (N, T) behind what the cache holds, a pair of tensors a layer -> (N, T, width)."""
+        n, t = tokens.shape
+        config, w, start = self.world_model, self.weights, cache[0][0].shape[2] if cache and cache[0] else 0
+        places = torch.arange(start, start + t, device=tokens.device)
+        acts = (places % config.block == config.tokens_per_frame)[:, None]  # (T, 1)
+        frame_table, action_table = (w[f"world_model.embedder.embedding_tables.{i}.weight"] for i in (1, 0))
+        of_frames = frame_table[tokens.clamp(max=len(frame_table) - 1)]
+        x = torch.where(acts, action_table[tokens.clamp(max=len(action_table) - 1)], of_frames)
+        x = self.dropout(x + w["world_model.pos_emb.weight"][places])
+        future = places[:, None] < torch.arange(start + t, device=tokens.device)  # (T, start + T)
+        for i in range(config.layers):
+            name = f"world_model.transformer.blocks.{i}"
+            h = F.layer_norm(x, (config.width,), *self.pair(f"{name}.ln1"))
+            q, k, v = (
+                self.linear(f"{name}.attn.{part}", h).view(n, t, config.heads, -1).transpose(1, 2)
+                for part in ("query", "key", "value")
+            )
+            if cache is not None:
+                if cache[i]:
+                    k, v = torch.cat([cache[i][0], k], dim=2), torch.cat([cache[i][1], v], dim=2)
+                cache[i] = (k, v)
+            scores = (q @ k.transpose(2, 3)) / math.sqrt(k.shape[3])
+            weights = self.dropout(scores.masked_fill(future, float("-inf")).softmax(dim=3))
+            mixed = (weights.to(v.dtype) @ v).transpose(1, 2).reshape(n, t, config.width)
+            x = x + self.dropout(self.linear(f"{name}.attn.proj", mixed))
+            h = F.layer_norm(x, (config.width,), *self.pair(f"{name}.ln2"))
+            x = x + self.dropout(self.linear(f"{name}.mlp.2", F.gelu(self.linear(f"{name}.mlp.0", h))))
+        return F.layer_norm(x, (config.width,), *self.pair("world_model.transformer.ln_f"))
+
+    def head(self, name: str, x: Tensor) -> Tensor:
+        name = f"world_model.head_{name}.head_module"
+        return self.linear(f"{name}.2", F.relu(self.linear(f"{name}.0", x))).float()
+
+    def world_model_loss(self, tokens: Tensor, actions: Tensor, rewards: Tensor, ends: Tensor, mask: Tensor) -> Tensor:
+        n, length, k = tokens.shape
+        x = self.transformer(torch.cat([tokens, actions[..., None]], dim=2).flatten(1), None)
+        x = x.view(n, length, k + 1, -1)
+        ahead = torch.cat([x[:, :, : k - 1], x[:, :, k:]], dim=2).flatten(1, 2)[:, :-1]  # all but each 16th token
+        labels = tokens.masked_fill(~mask[..., None], -100).flatten(1)[:, 1:]
+        loss = F.cross_entropy(self.head("observations", ahead).flatten(0, 1), labels.flatten())
+        for name, label in (("rewards", (rewards.sign() + 1).long()), ("ends", ends.long())):
+            logits = self.head(name, x[:, :, k])
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), label.masked_fill(~mask, -100).flatten())
+        return loss
+
+
+class PlainDream:
+    """The dream with a pass for each of a frame's 16 tokens and one for the action, as the published code takes."""
+
+    def __init__(self, plain: Plain):
+        self.plain = plain
+
+    @torch.no_grad()
+    def reset(self, frames: Tensor) -> Tensor:
+        tokens = self.plain.encode(frames)
+        self.cache: list = [()] * self.plain.world_model.layers
+        self.plain.transformer(tokens, self.cache)
+        return self.plain.decode(tokens)
+
+    @torch.no_grad()
+    def step(self, actions: Tensor, next_frame: bool = True):
+        def draw(logits: Tensor) -> Tensor:
+            return torch.distributions.Categorical(logits=logits[:, -1]).sample()
+
+        x = self.plain.transformer(actions[:, None], self.cache)
+        rewards, ends = draw(self.plain.head("rewards", x)).float() - 1, draw(self.plain.head("ends", x)).bool()
+        tokens = []
+        for _ in range(self.plain.world_model.tokens_per_frame):
+            tokens.append(draw(self.plain.head("observations", x)))
+            x = self.plain.transformer(tokens[-1][:, None], self.cache)
+        return self.plain.decode(torch.stack(tokens, dim=1)), rewards, ends
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Options:
+    """Measures the project beside a plain version of the same mathematics, and beside what the machine can do."""
+
+    preset: Literal["paper", "laptop"] = "paper"  # Sizes
+    device: str = "auto"  # cuda, cpu, ...
+    json: str = ""  # File to keep the figures in
+    repeat: int = 3  # Repetitions of each measurement, of which the best counts
+    # For the program's own use: one measurement, in this process
+    only: str = ""
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(function, device: torch.device, repeat: int) -> float:
+    function()  # the first time is a slow one
+    best = float("inf")
+    for _ in range(repeat):
+        synchronise(device)
+        began = time.perf_counter()
+        function()
+        synchronise(device)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def batch_of(args: Args, name: str, device: torch.device) -> int:
+    """Samples that are timed at once: on a GPU the whole batch; on a CPU, where the cost of a sample does not depend on
+    it, fewer."""
+    whole, part = getattr(args, f"{name}_batch_size"), {"tokenizer": 32, "world_model": 16, "actor_critic": 16}[name]
+    return whole if device.type == "cuda" else min(whole, part)
+
+
+def ceiling(kind: str, dtype: torch.dtype, device: torch.device, args: Args, repeat: int) -> float:
+    """GFLOP/s of the machine at nothing but products, or at the training of nothing but a convolution."""
+    if kind == "product":
+        a, b = torch.randn(4096, 1024, device=device, dtype=dtype), torch.randn(1024, 1024, device=device, dtype=dtype)
+        return 2 * 4096 * 1024 * 1024 / timed(lambda: a @ b, device, 5 * repeat) / 1e9
+    channels, n = max(args.tokenizer.channels), 256 if device.type == "cuda" else 32
+    side = 64 >> args.tokenizer.channels.index(channels)  # the widest level, where it is largest
+    layout = torch.contiguous_format if kind == "convolution, NCHW" else torch.channels_last
+    x, weight = torch.randn(n, channels, side, side), torch.randn(channels, channels, 3, 3)
+    x, weight = (t.to(device, dtype, memory_format=layout).requires_grad_() for t in (x, weight))
+    gradient = torch.randn_like(x)
+    flop = 3 * 2 * n * side * side * channels * channels * 9  # forwards, and backwards to input and weight
+
+    def train() -> None:
+        torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), gradient)
+
+    return flop / timed(train, device, 2 * repeat) / 1e9
+
+
+def measure(options: Options) -> dict:
+    """One measurement, named `what/who/precision[/detail]`: seconds an item, GFLOP an item, peak memory."""
+    what, who, precision, *detail = options.only.split("/")
+    args = PRESETS[options.preset]
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device)
+    torch.manual_seed(0)
+    if who == "ours":
+        keep_freed_memory()
+    if what == "ceiling":
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return {"gflops": ceiling(detail[0], dtype, device, args, options.repeat)}
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if who == "ours" else "highest")
+    agent = build_agent(args, 4).to(device)
+    torch.nn.init.normal_(agent.tokenizer.codebook.weight)  # so that tokens differ
+    plain, ours = Plain(agent), who == "ours"
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")  # noqa: E731
+    length, k = args.world_model.max_blocks, args.tokenizer.tokens_per_frame
+    optimizers = make_optimizers(agent, args)
+    plain_optimizer = torch.optim.Adam(plain.weights.values(), lr=1e-4)
+    plain_actor_optimizer = torch.optim.Adam(agent.actor_critic.parameters(), lr=1e-4)
+
+    def random_frames(*shape: int) -> Tensor:
+        return torch.rand(*shape, 3, 64, 64, device=device)
+
+    def learn(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if what == "tokenizer":
+        n = batch_of(args, "tokenizer", device)
+        frames = random_frames(n)
+        agent.tokenizer.train()
+
+        def run() -> None:
+            with autocast():
+                loss = sum(agent.tokenizer.loss(frames).values()) if ours else plain.tokenizer_loss(frames)
+            learn(loss, optimizers["tokenizer"] if ours else plain_optimizer)
+
+    elif what in ("encode", "decode"):
+        n = 64
+        frames, tokens = random_frames(n), torch.randint(args.tokenizer.vocab_size, (n, k), device=device)
+
+        def run() -> None:
+            with autocast(), torch.no_grad():
+                model = agent.tokenizer if ours else plain
+                model.encode(frames) if what == "encode" else model.decode(tokens)
+
+    elif what == "world_model":
+        n = batch_of(args, "world_model", device)
+        frames = random_frames(n, length)
+        tokens = torch.randint(args.tokenizer.vocab_size, (n, length, k), device=device)
+        actions, ends = (torch.randint(high, (n, length), device=device) for high in (4, 2))
+        rewards, mask = torch.randn(n, length, device=device), torch.ones(n, length, dtype=torch.bool, device=device)
+        agent.world_model.train()
+
+        def run() -> None:
+            with autocast():
+                if ours:  # its frames are encoded once an epoch: see the epoch
+                    loss = sum(agent.world_model.loss(tokens, actions, rewards, ends, mask).values())
+                else:
+                    seen = plain.encode(frames.flatten(0, 1)).view(n, length, k)
+                    loss = plain.world_model_loss(seen, actions, rewards, ends, mask)
+            learn(loss, optimizers["world_model"] if ours else plain_optimizer)
+
+    elif what == "imagine":  # frames of a dream; the actions cost nothing
+        n, horizon = (int(x) for x in detail)
+        plain.training = False
+        dream = Dream(agent.tokenizer, agent.world_model, who == "compiled") if who != "plain" else PlainDream(plain)
+        frames, actions = random_frames(n), torch.zeros(n, dtype=torch.int64, device=device)
+
+        def run() -> None:
+            with autocast():
+                dream.reset(frames)
+                for _ in range(horizon):
+                    dream.step(actions)
+
+        n *= horizon
+
+    elif what == "actor_critic":
+        n, model = batch_of(args, "actor_critic", device), agent.actor_critic
+        plain.training = False
+        dream = Dream(agent.tokenizer, agent.world_model) if ours else PlainDream(plain)
+        frames, first, mask = random_frames(n, args.burn_in), random_frames(n), torch.ones(n, args.burn_in, device=device)
+        painted, mask = to_stored(frames), mask.bool()
+
+        def run() -> None:
+            with autocast():
+                if ours:  # burn-in frames are painted once an epoch: see the epoch
+                    state = model.warm_up(to_model(painted), mask)
+                else:
+                    state = model.initial_state(n)
+                    with torch.no_grad():
+                        seen = plain.decode(plain.encode(frames.flatten(0, 1))).view_as(frames)
+                        for step in range(args.burn_in):
+                            state = model(seen[:, step], state)[2]
+                rollout = imagine(model, dream, dream.reset(first), state, args.horizon)
+                losses, _ = actor_critic_loss(rollout, args.gamma, args.lambda_, args.entropy_weight)
+            learn(sum(losses.values()), optimizers["actor_critic"] if ours else plain_actor_optimizer)
+
+    elif what == "operators":
+        plain.training = False
+        dream = Dream(agent.tokenizer, agent.world_model) if ours else PlainDream(plain)
+        with autocast(), torch.no_grad():
+            dream.reset(random_frames(2))
+            dream.step(torch.zeros(2, dtype=torch.int64, device=device))
+            return {"operators": operators(lambda: dream.step(torch.zeros(2, dtype=torch.int64, device=device)))}
+    else:
+        raise SystemExit(f"there is no measurement {options.only}")
+
+    seconds = timed(run, device, options.repeat if ours else max(1, options.repeat - 1)) / n
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if who == "plain":
+        return {"seconds": seconds, "peak_gb": peak / 1e9}
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return {"seconds": seconds, "peak_gb": peak / 1e9, "gflop": counter.get_total_flops() / n / 1e9}
+
+
+def operators(function) -> int:
+    """How many operators a call dispatches, views included, each taken apart into those it is made of."""
+    count: Counter = Counter()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            with self:
+                parts = function.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
+            count[str(function)] += 1
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        function()
+    return count.total()
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+ITEMS = {
+    "tokenizer": "tokenizer training, a frame",
+    "encode": "encode, a frame",
+    "decode": "decode, a frame",
+    "world_model": "world model training, a sequence",
+    "imagine": "imagine 64 dreams, a frame",
+    "actor_critic": "actor-critic training, a dream",
+}
+
+
+def main(options: Options) -> None:
+    figures: dict[str, dict] = {}
+    base = [sys.executable, __file__, "--preset", options.preset, "--device", options.device]
+    args = PRESETS[options.preset]
+
+    def figure(name: str) -> dict:
+        if name not in figures:
+            if sys.stderr.isatty():
+                print(f"\r{name:60}", end="", file=sys.stderr, flush=True)
+            command = [*base, "--repeat", str(options.repeat), "--only", name]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"error: the measurement {name} failed: {done.stderr.strip().splitlines()[-1]}")
+            figures[name] = json.loads(done.stdout.splitlines()[-1])
+        return figures[name]
+
+    ceilings = {}
+    for kind in ("product", "convolution, NCHW", "convolution, channels last"):
+        ceilings[kind] = [figure(f"ceiling/ours/{precision}/{kind}")["gflops"] for precision in ("fp32", "bf16")]
+    print(f"\n{options.preset} sizes, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}")  # fmt: skip
+    print("\n| the machine alone, GFLOP/s | fp32 | bf16 |\n| --- | --- | --- |")
+    for kind, speeds in ceilings.items():
+        training = "" if kind == "product" else ", forwards and backwards"
+        print(f"| {kind}{training} | {speeds[0]:.0f} | {speeds[1]:.0f} |")
+
+    print("\n| what | plain fp32, ms | ours fp32, ms | of plain | ours bf16, ms | of plain | ours GFLOP | GFLOP/s fp32, bf16"
+          " | share of ceiling | peak GB plain, fp32, bf16 |")  # fmt: skip
+    print("| --- " * 10 + "|")
+    detail = {"imagine": f"/64/{args.horizon}"}
+    for what, text in ITEMS.items():
+        rows = [figure(f"{what}/{who}{detail.get(what, '')}") for who in ("plain/fp32", "ours/fp32", "ours/bf16")]
+        plain, fp32, bf16 = (row["seconds"] for row in rows)
+        gflop = rows[1]["gflop"]
+        # What is mostly convolutions is held against the better convolution, the rest against the product.
+        top = ceilings["product"]
+        if what != "world_model":
+            top = [max(pair) for pair in zip(ceilings["convolution, NCHW"], ceilings["convolution, channels last"])]
+        speeds = gflop / fp32, gflop / bf16
+        print(
+            f"| {text} | {plain * 1e3:.1f} | {fp32 * 1e3:.1f} | {fp32 / plain:.0%} | {bf16 * 1e3:.1f} | {bf16 / plain:.0%} "
+            f"| {gflop:.2f} | {speeds[0]:.0f}, {speeds[1]:.0f} | {speeds[0] / top[0]:.0%}, {speeds[1] / top[1]:.0%} "
+            f"| {', '.join(f'''{row['peak_gb']:.1f}''' for row in rows)} |"
+        )
+
+    def epoch(who: str, precision: str, replay: int) -> float:
+        """Seconds of an epoch with all three phases."""
+
+        def cost(what: str) -> float:
+            return figure(f"{what}/{who}/{precision}{detail.get(what, '')}")["seconds"]
+
+        phases = ("tokenizer", "world_model", "actor_critic")
+        total = sum(getattr(args, f"{x}_steps") * getattr(args, f"{x}_batch_size") * cost(x) for x in phases)
+        if who == "ours":  # encode all frames once, and paint them once or whenever the LSTM is warmed up
+            warmed_up = args.actor_critic_steps * args.actor_critic_batch_size * args.burn_in
+            total += replay * cost("encode") + min(replay, warmed_up) * cost("decode")
+        return total
+
+    plain = epoch("plain", "fp32", 10_000)
+    print("\n| an epoch, extrapolated | hours | of plain |\n| --- | --- | --- |")
+    print(f"| plain, float32 | {plain / 3600:.2f} | 100% |")
+    for precision in ("fp32", "bf16"):
+        for replay in (1_000, 10_000, 100_000):
+            seconds = epoch("ours", precision, replay)
+            print(f"| ours, {precision}, {replay:,} frames in replay | {seconds / 3600:.2f} | {seconds / plain:.0%} |")
+
+    counts = [figure(f"operators/{who}")["operators"] for who in ("plain/fp32", "ours/fp32", "ours/bf16")]
+    print("\n| operators dispatched for a dreamed frame | plain | ours fp32 | ours bf16 |\n| --- | --- | --- | --- |")
+    print(f"| views included | {counts[0]:,} | {counts[1]:,} | {counts[2]:,} |")
+
+    print("\n| imagined frames/s, ours | fp32 | bf16 |\n| --- | --- | --- |")
+    for n, horizon in ((1, args.horizon), (8, args.horizon), (64, args.horizon // 2), (64, args.horizon), (64, 2 * args.horizon)):
+        speeds = [1 / figure(f"imagine/ours/{precision}/{n}/{horizon}")["seconds"] for precision in ("fp32", "bf16")]
+        print(f"| {n} dreams of {horizon} frames | {speeds[0]:.1f} | {speeds[1]:.1f} |")
+    compiled = 1 / figure(f"imagine/compiled/fp32/64/{args.horizon}")["seconds"]
+    print(f"| 64 dreams of {args.horizon} frames, --compile | {compiled:.1f} | |")
+
+    if options.json:
+        content = {"options": dataclasses.asdict(options), "torch": torch.__version__, "figures": figures}
+        Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Options)
+    if chosen.only:
+        print(json.dumps(measure(chosen)))
+    else:
+        main(chosen)
