@@ -126,8 +126,10 @@ class Layer(nn.Module):
             dropout = self.dropout if self.training else 0.0
             attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
-            past.cache.index_copy_(2, past.positions, kv)  # k and v below are views of the cache, and see it
-            attended = F.scaled_dot_product_attention(q, past.k, past.v, attn_mask=past.mask)
+            dtype = past.cache.dtype
+            past.cache.index_copy_(2, past.positions, kv.to(dtype))  # k and v below are views of the cache, and see it
+            with torch.autocast(x.device.type, enabled=False):
+                attended = F.scaled_dot_product_attention(q.to(dtype), past.k, past.v, attn_mask=past.mask)
         attended = attended if t == 1 else attended.transpose(1, 2)  # (N, T, heads, width / heads)
         x = x + F.dropout(self.attention_out(attended.reshape(x.shape)), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
@@ -175,10 +177,12 @@ class WorldModel(nn.Module):
         self.register_buffer("causal", positions[:, None] >= positions, persistent=False)
 
     def empty_cache(self, n: int) -> Cache:
-        """A cache for n streams, with nothing read yet, in the type that keys have here (bfloat16 under autocast)."""
+        """A cache for n streams, with nothing read yet. Under autocast it is in bfloat16 on a GPU, but not on a CPU, whose
+        attention takes twice as long for a single position in bfloat16 as in float32."""
         config, weight = self.config, self.embedding.weight
         kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        half = kind != "cpu" and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if half else weight.dtype
         shape = (config.layers, n, 2 * config.heads, config.max_tokens, config.width // config.heads)
         return Cache(weight.new_zeros(shape, dtype=dtype))
 

@@ -1,0 +1,181 @@
+"""What was made fast still computes what the plain version does (`benchmark.Plain`), to rounding in float32 and within
+the bounds stated here in bfloat16; and the counts that the speed rests on. Seconds are measured by benchmark.py."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import reference
+from benchmark import Plain, PlainDream, operators
+from iris_agent import agent_from_official
+from iris_tokenizer import GroupNorm, Tokenizer, TokenizerConfig
+from iris_world_model import Dream, WorldModel, WorldModelConfig
+
+N, L, K = 2, 3, 16
+# Largest error allowed, as a share of the whole: of a loss, of a vector of gradients, of a matrix of logits.
+BOUNDS = {"fp32": {"loss": 1e-5, "gradient": 1e-3, "logits": 1e-4}, "bf16": {"loss": 0.02, "gradient": 0.15, "logits": 0.03}}
+
+
+@pytest.fixture(scope="module")
+def agent():
+    return agent_from_official(reference.official_state_dict(), "test")
+
+
+def autocast(precision):
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+def distance(ours, theirs):
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def check_loss_and_gradients(loss, module, plain, plain_loss, precision):
+    bounds = BOUNDS[precision]
+    assert abs(loss.item() - plain_loss.item()) <= bounds["loss"] * abs(plain_loss.item())
+    parameters = list(module.parameters())
+    ours = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    # Read the reference's gradients in our order, by writing them into a copy of the agent as if they were weights.
+    weights = [w for name, w in plain.weights.items() if not name.startswith("actor_critic")]
+    for weight, gradient in zip(weights, torch.autograd.grad(plain_loss, weights, materialize_grads=True), strict=True):
+        weight.data.copy_(gradient)
+    gradients = agent_from_official({name: w.detach() for name, w in plain.weights.items()}, "gradients")
+    module_of = gradients.tokenizer if isinstance(module, Tokenizer) else gradients.world_model
+    theirs = torch.cat([p.flatten() for p in module_of.parameters()])
+    assert theirs.norm() > 0 and distance(ours, theirs) <= bounds["gradient"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tokenizer_losses_and_gradients_are_those_of_the_plain_version(agent, precision):
+    torch.manual_seed(0)
+    frames, plain = torch.rand(N, 3, 64, 64), Plain(agent)
+    # The nearest code jumps where two are equally near, so both are given the same: as many codes as vectors, apart.
+    codes = agent.tokenizer._vectors(frames).detach()[:: N * K // 8].repeat(64, 1) + 3 * torch.randn(512, 512)
+    agent.tokenizer.codebook.weight.data.copy_(codes)
+    plain.weights["tokenizer.embedding.weight"].data.copy_(codes)
+    with autocast(precision):
+        assert torch.equal(agent.tokenizer.encode(frames), plain.encode(frames)) or precision == "bf16"
+        loss, plain_loss = sum(agent.tokenizer.loss(frames).values()), None
+        with torch.autocast("cpu", enabled=False):
+            plain_loss = plain.tokenizer_loss(frames)
+    check_loss_and_gradients(loss, agent.tokenizer, plain, plain_loss, precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_world_model_losses_and_gradients_are_those_of_the_plain_version(agent, precision):
+    torch.manual_seed(0)
+    plain = Plain(agent)
+    plain.training = False
+    batch = (
+        torch.randint(512, (N, L, K)), torch.randint(4, (N, L)), torch.randn(N, L), torch.randint(2, (N, L)),
+        torch.tensor([[True, True, True], [True, True, False]]),
+    )  # fmt: skip
+    with autocast(precision):
+        loss = sum(agent.world_model.loss(*batch).values())
+    check_loss_and_gradients(loss, agent.world_model, plain, plain.world_model_loss(*batch), precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_token_passes_give_the_logits_of_the_plain_version_with_its_growing_cache(agent, precision):
+    torch.manual_seed(0)
+    model, plain = agent.world_model, Plain(agent, requires_grad=False)
+    plain.training = False
+    stream = torch.cat([torch.randint(512, (N, 2, K)), torch.randint(4, (N, 2, 1))], dim=2).flatten(1)  # (N, 34)
+    with torch.no_grad():
+        cache: list = [()] * 10
+        theirs = [plain.head("observations", plain.transformer(stream[:, p : p + 1], cache)) for p in range(34)]
+        with autocast(precision):
+            ours, cache = [], model.empty_cache(N)
+            for start, stop in [(0, 17), *((p, p + 1) for p in range(17, 32)), (32, 34)]:
+                ours.append(model(stream[:, start:stop], cache).observation_logits.float())
+    observing = [p for p in range(34) if p % 17 != 15]
+    assert distance(torch.cat(ours, dim=1), torch.cat(theirs, dim=1)[:, observing]) <= BOUNDS[precision]["logits"]
+
+
+@pytest.mark.parametrize("channels", [16, 32, 64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_written_out_backward_of_group_norm_is_its_derivative(channels, layout):
+    torch.manual_seed(0)
+    x = (torch.randn(3, channels, 8, 8) + 2).to(memory_format=layout).requires_grad_()
+    norm, dy = GroupNorm(min(32, channels), channels, eps=1e-6), torch.randn(3, channels, 8, 8)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    ours = torch.autograd.grad(norm(x), (x, norm.weight, norm.bias), dy)
+    x64, weight, bias = (t.detach().double().requires_grad_() for t in (x, norm.weight, norm.bias))
+    y = F.group_norm(x64, norm.num_groups, weight, bias, eps=1e-6)
+    for gradient, exact in zip(ours, torch.autograd.grad(y, (x64, weight, bias), dy.double()), strict=True):
+        assert distance(gradient, exact) < 1e-6
+
+
+def test_the_nearest_code_is_searched_in_whole_float32_where_tf32_is_allowed():
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket.__name__ in ("mm", "addmm"):
+                seen.add((torch.get_float32_matmul_precision(), args[0].dtype))
+            return function(*args, **(kwargs or {}))
+
+    tokenizer = Tokenizer(TokenizerConfig(code_dim=8, channels=(8, 8, 8, 8, 8), blocks=(0,) * 5, attention_at=()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Watch(), torch.autocast("cpu", torch.bfloat16):
+            tokenizer.encode(torch.rand(1, 3, 64, 64))
+        assert seen == {("highest", torch.float32)}
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_dreamed_frame_dispatches_at_most_3000_operators_views_included(agent):
+    counts = []
+    for dream in (Dream(agent.tokenizer, agent.world_model), PlainDream(Plain(agent, requires_grad=False))):
+        with torch.no_grad():
+            dream.reset(torch.rand(2, 3, 64, 64))
+            dream.step(torch.zeros(2, dtype=torch.int64))
+            counts.append(operators(lambda dream=dream: dream.step(torch.zeros(2, dtype=torch.int64))))
+    assert counts[0] <= 3000 and counts[1] > 3 * counts[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU: install g++")
+def test_compiled_dreams_are_the_same_dreams_with_one_graph_a_kind_of_pass_and_no_graph_break():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    small = TokenizerConfig(vocab_size=11, code_dim=8, channels=(8,) * 5, blocks=(0, 0, 0, 0, 1), attention_at=())
+    tokenizer = Tokenizer(small).eval()
+    world_model = WorldModel(11, 3, WorldModelConfig(max_blocks=4, layers=2, heads=2, width=16)).eval()
+    for parameter in world_model.parameters():  # the initial 0.02 makes all logits alike
+        torch.nn.init.normal_(parameter, std=0.3)
+    frames, actions, dreams = torch.rand(3, 3, 64, 64), torch.randint(3, (12, 3)), []
+    for compiled in (False, True):
+        dream = Dream(tokenizer, world_model, compiled)
+        torch.manual_seed(1)
+        for _ in range(2):  # the second time in the same cache
+            shown = [dream.reset(frames)]
+            for action in actions:  # long enough to refill more than once
+                frame, rewards, ends = dream.step(action)
+                shown += [frame, rewards, ends]
+        dreams.append(shown)
+    assert all(torch.equal(*pair) for pair in zip(*dreams, strict=True))
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    # Passes of 1 and 2 tokens, of 17 after a reset, of 34 at a refill; whatever the position.
+    assert counters["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_from_end_to_end(tmp_path):
+    path = Path(__file__).parent / "benchmark.py"
+    command = [sys.executable, path, "--preset", "laptop", "--repeat", "1", "--device", "cpu", "--json", tmp_path / "f"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "operators dispatched for a dreamed frame" in result.stdout
+    figures = json.loads((tmp_path / "f").read_text())["figures"]
+    assert all(figure["seconds"] > 0 for figure in figures.values() if "seconds" in figure) and len(figures) > 30
