@@ -14,12 +14,15 @@ import math
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -29,7 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from iris_agent import Agent, actor_critic_loss, imagine, official_names  # noqa: E402
-from iris_train import PRESETS, Args, build_agent, keep_freed_memory, make_optimizers, to_model, to_stored  # noqa: E402
+from iris_tokenizer import GroupNorm, to_model, to_stored  # noqa: E402
+from iris_train import PRESETS, Args, Replay, build_agent, keep_freed_memory, make_optimizers  # noqa: E402
 from iris_world_model import Dream  # noqa: E402
 
 
@@ -280,7 +284,7 @@ def measure(options: Options) -> dict:
     args = PRESETS[options.preset]
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device)
     torch.manual_seed(0)
-    if who == "ours":
+    if who not in ("plain", "returned"):
         keep_freed_memory()
     if what == "ceiling":
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -289,7 +293,7 @@ def measure(options: Options) -> dict:
         torch.set_float32_matmul_precision("high" if who == "ours" else "highest")
     agent = build_agent(args, 4).to(device)
     torch.nn.init.normal_(agent.tokenizer.codebook.weight)  # so that tokens differ
-    plain, ours = Plain(agent), who == "ours"
+    plain, ours = Plain(agent), who != "plain"
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")  # noqa: E731
     length, k = args.world_model.max_blocks, args.tokenizer.tokens_per_frame
     optimizers = make_optimizers(agent, args)
@@ -343,11 +347,11 @@ def measure(options: Options) -> dict:
     elif what == "imagine":  # frames of a dream; the actions cost nothing
         n, horizon = (int(x) for x in detail)
         plain.training = False
-        dream = Dream(agent.tokenizer, agent.world_model, who == "compiled") if who != "plain" else PlainDream(plain)
+        dream = Dream(agent.tokenizer, agent.world_model, who == "compiled") if ours else PlainDream(plain)
         frames, actions = random_frames(n), torch.zeros(n, dtype=torch.int64, device=device)
 
         def run() -> None:
-            with autocast():
+            with autocast(), torch.inference_mode() if who == "inference_mode" else nullcontext():
                 dream.reset(frames)
                 for _ in range(horizon - 1):
                     dream.step(actions)
@@ -375,6 +379,45 @@ def measure(options: Options) -> dict:
                 losses, _ = actor_critic_loss(rollout, args.gamma, args.lambda_, args.entropy_weight)
             learn(sum(losses.values()), optimizers["actor_critic"] if ours else plain_actor_optimizer)
 
+    elif what == "norm":  # forwards and backwards; who: whose backward
+        n = 16
+        norm = GroupNorm(32, 64, eps=1e-6) if ours else torch.nn.GroupNorm(32, 64, eps=1e-6)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        norm = (norm if ours else norm.to(dtype)).to(device)
+        x = torch.randn(n, 64, 64, 64, device=device, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+
+        def run() -> None:
+            norm(x).sum().backward()
+
+    elif what == "adam":  # a step of the world model's optimiser; who: fused or one operator for all weights of a kind
+        n, optimizer = 1, optimizers["world_model"]
+        if who == "plain":
+            optimizer = torch.optim.AdamW(agent.world_model.parameter_groups(0.01), lr=1e-4)
+        for parameter in agent.world_model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        run = optimizer.step
+
+    elif what == "attention":  # of one position of 64 dreams to a stream half full; who: the type of the cache
+        n, (layers, kind) = 1, (4, torch.bfloat16 if who == "bf16" else torch.float32)
+        heads, width = args.world_model.heads, args.world_model.width // args.world_model.heads
+        caches = [torch.randn(64, 2 * heads, args.world_model.max_tokens, width, device=device).to(kind) for _ in range(layers)]
+        query = torch.randn(64, heads, 1, width, device=device, dtype=kind)
+
+        def run() -> None:
+            for cache in caches:
+                F.scaled_dot_product_attention(query, *cache[:, :, : args.world_model.max_tokens // 2].chunk(2, dim=1))
+
+    elif what == "batch":  # getting a batch of the tokenizer's frames from a replay of 10,000
+        n = 1
+        with tempfile.TemporaryDirectory() as folder:
+            replay = Replay(Path(folder))
+            for step in range(10_000):
+                replay.append(np.zeros((64, 64, 3), np.uint8), 0, 0.0, step % 100 == 99)
+            replay.flush()
+            rng = np.random.default_rng(0)
+            seconds = timed(lambda: replay.sample_frames(rng, args.tokenizer_batch_size, device), device, 10)
+            return {"seconds": seconds}
+
     elif what == "operators":
         plain.training = False
         dream = Dream(agent.tokenizer, agent.world_model) if ours else PlainDream(plain)
@@ -388,7 +431,7 @@ def measure(options: Options) -> dict:
     slow = what in ("imagine", "actor_critic")  # up to a minute each time
     seconds = timed(run, device, 1 if slow else options.repeat) / n
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if who == "plain":
+    if who != "ours":
         return {"seconds": seconds, "peak_gb": peak / 1e9}
     with FlopCounterMode(display=False) as counter:
         run()
@@ -499,8 +542,22 @@ def main(options: Options) -> None:
     for n, horizon in ((1, args.horizon), (8, args.horizon), (64, args.horizon // 2), (64, args.horizon), (64, 2 * args.horizon)):
         speeds = [1 / figure(f"imagine/ours/{precision}/{n}/{horizon}")["seconds"] for precision in ("fp32", "bf16")]
         print(f"| {n} dreams of {horizon} frames | {speeds[0]:.1f} | {speeds[1]:.1f} |")
-    compiled = 1 / figure(f"imagine/compiled/fp32/64/{args.horizon}")["seconds"]
-    print(f"| 64 dreams of {args.horizon} frames, --compile | {compiled:.1f} | |")
+
+    print("\n| an idea alone, ms | without | with |\n| --- | --- | --- |")
+    whole = f"/64/{args.horizon}"
+    for text, without, with_it in (
+        ("group norm of 16 frames, the backward written out, fp32", "norm/plain/fp32", "norm/ours/fp32"),
+        ("the same, bf16", "norm/plain/bf16", "norm/ours/bf16"),
+        ("tokenizer training, a frame, freed memory kept, fp32", "tokenizer/returned/fp32", "tokenizer/ours/fp32"),
+        ("the same, bf16", "tokenizer/returned/bf16", "tokenizer/ours/bf16"),
+        ("fused AdamW, a step of the world model", "adam/plain/fp32", "adam/ours/fp32"),
+        ("cache in float32 and not bfloat16: attention of 4 layers", "attention/bf16/bf16", "attention/fp32/fp32"),
+        ("a dreamed frame of 64, --compile", f"imagine/ours/fp32{whole}", f"imagine/compiled/fp32{whole}"),
+        ("a dreamed frame of 1, inference_mode", f"imagine/ours/fp32/1/{args.horizon}", f"imagine/inference_mode/fp32/1/{args.horizon}"),
+    ):  # fmt: skip
+        print(f"| {text} | {figure(without)['seconds'] * 1e3:.2f} | {figure(with_it)['seconds'] * 1e3:.2f} |")
+    batch, step = figure("batch/ours/fp32")["seconds"], figure("tokenizer/ours/bf16")["seconds"] * args.tokenizer_batch_size
+    print(f"| prefetching: getting a batch takes {batch * 1e3:.1f} ms of a tokenizer step's | {step * 1e3:.0f} | |")
 
     if options.json:
         content = {"options": dataclasses.asdict(options), "torch": torch.__version__, "figures": figures}
