@@ -158,30 +158,38 @@ def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, 
 
 
 def actor_critic_loss(
-    rollout: Rollout, gamma: float, lambda_: float, entropy_weight: float
+    rollout: Rollout, gamma: float, lambda_: float, entropy_weight: float, behind_ends: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses, whose sum is minimised, and metrics to watch, all scalar (paper, section 2.3).
 
     The last step's value serves as the target's end, so the losses count the L - 1 steps before it. Steps behind an
-    imagined end count as well, as in the published code.
+    imagined end count as well, as in the published code; without `behind_ends` they don't. What is dreamed there is
+    nothing that the world model ever saw, for in the replay nothing follows an end.
     """
+    counted = torch.ones_like(rollout.rewards)  # (N, L)
+    if not behind_ends:
+        counted = (rollout.ends.cumsum(dim=1) - rollout.ends.long() == 0).float()
+
+    def mean(x: Tensor) -> Tensor:  # (N, L) or (N, L - 1)
+        return (x * counted[:, : x.shape[1]]).sum() / counted[:, : x.shape[1]].sum()
+
     with torch.no_grad():
         returns = lambda_returns(rollout.rewards, rollout.values, rollout.ends, gamma, lambda_)[:, :-1]
     values, logits = rollout.values[:, :-1], rollout.logits[:, :-1]
     log_policy = logits.log_softmax(dim=-1)  # (N, L - 1, A)
     log_taken = log_policy.gather(2, rollout.actions[:, :-1, None])[..., 0]  # (N, L - 1)
-    entropy = -(log_policy.exp() * log_policy).sum(dim=-1).mean()
+    entropy = mean(-(log_policy.exp() * log_policy).sum(dim=-1))
     losses = {
-        "actions": -(log_taken * (returns - values.detach())).mean(),  # REINFORCE, with the value as its baseline
-        "values": F.mse_loss(values, returns),
+        "actions": -mean(log_taken * (returns - values.detach())),  # REINFORCE, with the value as its baseline
+        "values": mean((values - returns).square()),
         "entropy": -entropy_weight * entropy,
     }
     metrics = {
         "policy_entropy": entropy.detach(),
-        "value": values.detach().mean(),
-        "lambda_return": returns.mean(),
-        "imagined_reward": rollout.rewards.mean(),
-        "imagined_end": rollout.ends.float().mean(),
+        "value": mean(values.detach()),
+        "lambda_return": mean(returns),
+        "imagined_reward": mean(rollout.rewards),
+        "imagined_end": mean(rollout.ends.float()),
     }
     return losses, metrics
 
@@ -212,7 +220,7 @@ def official_names(config: TokenizerConfig, actor_critic: ActorCriticConfig, lay
         encoder += level_names("down", level, config.blocks[level])
         encoder += [f"down.{level}.downsample"] if level + 1 < len(levels) else []
     for level in reversed(levels):
-        decoder += level_names("up", level, config.blocks[level] + 1)
+        decoder += level_names("up", level, config.blocks[level] + bool(config.blocks[level]))
         decoder += [f"up.{level}.upsample"] if level > 0 else []
 
     names = {}

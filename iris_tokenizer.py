@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 FRAME_SIZE = 64
 
@@ -103,12 +104,12 @@ def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
 
 
 class GroupNormGradient(torch.autograd.Function):
-    """Group normalisation with its backward pass written out in seven sweeps over the pixels.
+    """Group normalisation with its backward pass written out: two sums over the pixels, and two multiply-adds.
 
     With x^ = (x - mean) / std and g = weight * dy, dx = (g - mean(g) - x^ * mean(g * x^)) / std, the means over a group.
     Both means follow from two sums over the pixels of each channel, and dx is then a * dy + b * x + c, with numbers
-    a, b, c for each frame and channel. torch's own backward does the same arithmetic 5 times slower on a CPU when
-    groups are as small as here (2 channels), and 20 times slower in bfloat16.
+    a, b, c for each frame and channel. torch's own backward does the same arithmetic, but on a CPU much slower when
+    groups are as small as here (2 channels), and most of all in bfloat16 (README, "Speed").
     """
 
     @staticmethod
@@ -119,6 +120,7 @@ class GroupNormGradient(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         x, weight, mean, rstd = ctx.saved_tensors
         x, (n, c, h, w), groups = x.float(), x.shape, mean.shape[1]
@@ -295,13 +297,14 @@ class Tokenizer(nn.Module):
 
         Always in whole float32: in bfloat16 or TF32 the distances to two neighbouring codes are often the same number.
         """
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # no TF32
-        with torch.autocast(vectors.device.type, enabled=False):
-            codes = self.codebook.weight.float()
-            distances = codes.square().sum(1) - 2 * vectors @ codes.T
-        torch.set_float32_matmul_precision(precision)
-        return distances
+        matmul = torch.backends.cuda.matmul
+        precision, matmul.fp32_precision = matmul.fp32_precision, "ieee"  # no TF32
+        try:
+            with torch.autocast(vectors.device.type, enabled=False):
+                codes = self.codebook.weight.float()
+                return codes.square().sum(1) - 2 * vectors @ codes.T
+        finally:
+            matmul.fp32_precision = precision
 
     def _paint(self, codes: Tensor) -> Tensor:
         """Code vectors (N * K, D) -> frames (N, 3, 64, 64), about in [-1, 1]."""

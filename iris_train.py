@@ -25,6 +25,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,11 +65,11 @@ class Args:
 
     # A gymnasium id with discrete actions and image observations; `module:Env-v0` imports the module first
     env_id: str = "BreakoutNoFrameskip-v4"
-    # Where the other arguments start: the paper's sizes, or sizes for a machine without a GPU
-    preset: Literal["paper", "laptop"] = "paper"
+    # Where the other arguments start: the paper's sizes, or sizes for a machine without a GPU, or for tests/catch.py
+    preset: Literal["paper", "laptop", "catch"] = "paper"
     seed: int = 1  # Seed of everything random
     device: str = "auto"  # cuda, cpu, ...; auto takes a GPU where there is one
-    # Type of convolutions and matrix products; auto is bf16 where the hardware has it, else fp32
+    # Type of convolutions and products; auto is bf16 where the hardware has it, else fp32 (on a GPU with TF32)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     # torch.compile the dream's token pass: on a GPU one launch in place of about 160. Compiling takes a minute at first
     compile: bool = False
@@ -110,6 +111,8 @@ class Args:
     gamma: float = 0.995  # Discount of future rewards
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.95  # Lambda of the lambda-returns
     entropy_weight: float = 0.001  # Weight of the policy's entropy in the loss
+    # Whether dreamed steps behind an imagined end train the actor-critic, as published; where episodes are short, off
+    behind_ends: bool = True
     max_grad_norm: float = 10.0  # Gradients are scaled down to this norm, in all three phases
     # Parts that the tokenizer's and world model's batches are split into to save memory, their gradients averaged; 0
     # is 1 on a GPU, and on a CPU as many as keep a part at 32 frames or 16 sequences
@@ -144,6 +147,22 @@ PRESETS = {
         world_model=WorldModelConfig(max_blocks=10, layers=3, width=128),
         actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=256),
     ),
+    # The whole algorithm on tests/catch.py, in minutes on two CPU cores.
+    "catch": Args(
+        preset="catch", env_id="tests.catch:Catch-v0",
+        epochs=30, collect_epochs=30, collect_steps=200, max_frames=10_000,
+        tokenizer_from=3, tokenizer_steps=100, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
+        world_model_from=9, world_model_steps=100, world_model_batch_size=32, world_model_learning_rate=1e-3,
+        actor_critic_from=13, actor_critic_steps=60, actor_critic_batch_size=32, actor_critic_learning_rate=1e-3,
+        horizon=8, burn_in=6, entropy_weight=0.01, behind_ends=False, gamma=0.99,
+        eval_every=5, test_episodes=40, test_envs=40,
+        tokenizer=TokenizerConfig(
+            vocab_size=64, code_dim=32, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 0, 1), attention_at=(),
+            standardize=True,
+        ),
+        world_model=WorldModelConfig(max_blocks=8, layers=3, width=128, dropout=0.0),
+        actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=128),
+    ),
 }  # fmt: skip
 
 
@@ -152,7 +171,7 @@ def parse_args(argv: list[str]) -> Args:
 
     @dataclass
     class First:  # the two flags that decide where the others start
-        preset: Literal["paper", "laptop"] = "paper"
+        preset: Literal["paper", "laptop", "catch"] = "paper"
         resume: str = ""
 
     asks_for_help = {"-h", "--help"} & set(argv)
@@ -598,12 +617,16 @@ def train_actor_critic(run: Run) -> dict[str, float]:
     # Every dream first shows the LSTM real frames, reconstructed: 256,000 an epoch at the paper's sizes. As long as the
     # replay has fewer, each is painted once, and kept in the replay's own format.
     if len(run.replay) < args.actor_critic_steps * args.actor_critic_batch_size * args.burn_in:
-        with run.autocast(), torch.no_grad():
-            painted = torch.cat([to_stored(run.agent.tokenizer.decode(tokens)) for tokens in run.tokens.split(256)])
+        painted = torch.empty(len(run.replay), FRAME_SIZE, FRAME_SIZE, 3, dtype=torch.uint8, device=run.device)
+        for tokens, place in zip(run.tokens.split(256), painted.split(256), strict=True):
+            with run.autocast(), torch.no_grad():
+                place.copy_(to_stored(run.agent.tokenizer.decode(tokens)))
     return optimise(
         run, "actor_critic",
-        lambda n: actor_critic_loss(dream_on(run, n, painted), args.gamma, args.lambda_, args.entropy_weight),
-    )  # fmt: skip
+        lambda n: actor_critic_loss(
+            dream_on(run, n, painted), args.gamma, args.lambda_, args.entropy_weight, args.behind_ends
+        ),
+    )
 
 
 def dream_on(run: Run, n: int, painted: Tensor | None = None) -> Rollout:
@@ -892,7 +915,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return  # another C library
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the heap's end before they are returned
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: what is free at the heap's end is never returned
     mallopt(-4, 0)  # M_MMAP_MAX: blocks outside the heap, which are returned when freed
 
 
@@ -918,9 +941,11 @@ def build(args: Args) -> Run:
     keep_freed_memory()
     torch.manual_seed(args.seed)
     device = choose_device(args)
+    compilers = os.environ.get("CXX", ""), os.environ.get("CC", ""), "g++", "clang++", "gcc", "clang"
+    if args.compile and not any(map(shutil.which, compilers)):
+        raise IrisError("--compile needs a C++ compiler: install g++, or leave it out")
     bf16 = has_bf16(device) if args.precision == "auto" else args.precision == "bf16"
-    if device.type == "cuda":  # TF32: what stays in float32 is multiplied in tensor cores too
-        torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # what stays in float32 is multiplied in tensor cores too
     env = make_env(args.env_id, args.noop_max, args.max_frames, life_loss_ends=True)
     checkpoint = read_checkpoint(checkpoint_path(args.resume)) if args.resume else None
     lpips = choose_perceptual_loss(args)
@@ -998,14 +1023,14 @@ def start_writer(run: Run):
 
 def warn_of_the_wait(run: Run) -> None:
     """The paper's sizes on a CPU: says roughly how long an epoch takes, from how long 4 frames of the tokenizer do."""
-    # GFLOP forwards and backwards at the paper's sizes (torch.utils.flop_counter): of a frame, a sequence, a dream.
-    costs = {"tokenizer": 14.2, "world_model": 20.0, "actor_critic": 126.5}
+    # Training on a frame, a sequence, a dream, in units of the first, on a CPU (tests/benchmark.py).
+    costs = {"tokenizer": 1.0, "world_model": 3.5, "actor_critic": 8.5}
     epoch = sum(getattr(run.args, f"{x}_steps") * getattr(run.args, f"{x}_batch_size") * costs[x] for x in costs)
     for _ in range(2):  # the first time is a slow one
         began = time.perf_counter()
         with torch.random.fork_rng(), run.autocast():
             sum(run.agent.tokenizer.loss(torch.rand(4, 3, FRAME_SIZE, FRAME_SIZE)).values()).backward()
-        seconds = (time.perf_counter() - began) * epoch / (4 * costs["tokenizer"])
+        seconds = (time.perf_counter() - began) / 4 * epoch
     run.agent.zero_grad()
     print(
         f"The paper's sizes on a CPU: an epoch of all three phases will take about {duration(seconds)} here, and there "

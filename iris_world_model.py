@@ -213,7 +213,7 @@ class WorldModel(nn.Module):
         """Tokens (N, T) -> logits at the positions of this pass.
 
         Without a cache the stream starts here. With one, it continues the positions that the cache holds, the cache
-        grows by T, and there is no gradient. Raises ValueError when the stream becomes longer than max_tokens.
+        grows by T, and no gradient reaches the transformer. Raises ValueError when the stream becomes longer than max_tokens.
         """
         n, t = tokens.shape
         start = 0 if cache is None else cache.size
@@ -302,7 +302,7 @@ class Dream:
     """A batch of N imagined environments (paper, section 2.3): the world model samples, the tokenizer paints.
 
     Everything stays on the device: nothing in `step` waits for a number. Put the two models into evaluation mode first,
-    since dropout would blur the dream. One `Dream` may be reset again and again, and keeps its cache.
+    since dropout would blur the dream. One `Dream` may be reset again and again.
 
     A dream may be longer than the transformer's 20 blocks. When the stream is full, the more recent half of its blocks
     is read again from position 0, so that speed and direction of what moves are not forgotten (the published code
@@ -320,9 +320,11 @@ class Dream:
                 f"{world_model.config.tokens_per_frame}: make world_model.tokens_per_frame the same"
             )
         self.tokenizer, self.world_model, self.compile = tokenizer, world_model, compile
-        self.cache: Cache | None = None
-        mode = "reduce-overhead" if world_model.embedding.weight.is_cuda else None  # this is what makes CUDA graphs
-        self.next_token = torch.compile(next_token, mode=mode, fullgraph=True) if compile else next_token
+        self.next_token, self.caches = next_token, {}
+        if compile:
+            mode = "reduce-overhead" if world_model.embedding.weight.is_cuda else None  # this is what makes CUDA graphs
+            self.next_token = torch.compile(next_token, mode=mode, fullgraph=True, dynamic=False)
+            torch._dynamo.config.recompile_limit = 64  # four graphs for each batch size, and for each precision
 
     @torch.no_grad()
     def reset(self, frames: Tensor) -> Tensor:
@@ -332,13 +334,7 @@ class Dream:
     @torch.no_grad()
     def reset_from_tokens(self, tokens: Tensor) -> Tensor:
         """The same, for frames that are tokens (N, K) already."""
-        if self.cache is None or self.cache.kv[0].shape[0] != len(tokens):
-            self.cache = self.world_model.empty_cache(len(tokens))
-            if self.compile:  # a compiler would copy all of one tensor to write into a slice of it
-                self.cache.kv = [layer.clone() for layer in self.cache.kv]
-                for layer in self.cache.kv:
-                    torch._dynamo.mark_static_address(layer)  # what a CUDA graph writes into has to stay where it is
-        self.cache.size = 0
+        self.cache = self._compiled_cache(len(tokens)) if self.compile else self.world_model.empty_cache(len(tokens))
         self.tokens = tokens  # (N, K), the current frame
         self.stream = tokens  # (N, S), the text that the cache stands for, and behind it what is still unread
         return self.tokenizer.decode(tokens)
@@ -347,7 +343,7 @@ class Dream:
     def step(self, actions: Tensor, next_frame: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
         """Actions (N,) int64 -> frames (N, 3, 64, 64) in [0, 1], rewards (N,) in {-1, 0, 1}, ends (N,) bool, sampled.
 
-        With `next_frame=False` the frame is None and costs nothing: for the last step of a dream.
+        With `next_frame=False` the frame is None and costs next to nothing: for the last step of a dream.
         """
         config, model = self.world_model.config, self.world_model
         # The stream is written as rows of the embedding table, in which actions follow the frame tokens.
@@ -357,8 +353,8 @@ class Dream:
         if needed > config.max_tokens:
             self.stream = self.stream[:, -(config.max_blocks // 2) * config.block :]
             self.cache.size = 0  # the old keys and values are written over
-        # All random numbers of the frame at once. For K tokens a dream: one line of the vocabulary each.
-        shape = (config.tokens_per_frame, len(actions), model.vocab_size)
+        # All random numbers of the frame at once: (K, N, V), for each of its tokens a number for each code.
+        shape = (config.tokens_per_frame if next_frame else 1, len(actions), model.vocab_size)
         noise = torch.empty(shape, device=actions.device).exponential_().log().unbind()
         # Read what is unread: the current frame's last token and the action, more after a reset or a refill.
         token, x = self._read(self.stream[:, self.cache.size :], noise[0])
@@ -373,15 +369,28 @@ class Dream:
         self.stream = torch.cat([self.stream, self.tokens], dim=1)
         return self.tokenizer.decode(self.tokens), rewards, ends
 
+    def _compiled_cache(self, n: int) -> Cache:
+        """What a CUDA graph writes into has to stay where it is, so compiled passes keep a cache for each batch size; and
+        in a tensor for each layer, since a compiler copies all of one to write into a slice of it."""
+        key = n, torch.is_autocast_enabled(self.world_model.embedding.weight.device.type)
+        if key not in self.caches:
+            self.caches[key] = Cache([layer.clone() for layer in self.world_model.empty_cache(n).kv])
+            for layer in self.caches[key].kv:
+                torch._dynamo.mark_static_address(layer)
+        self.caches[key].size = 0
+        return self.caches[key]
+
     def _read(self, rows: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         start, stop = self.cache.size, self.cache.size + rows.shape[1]
         self.cache.size = stop
         positions = self.world_model.positions[start:stop]
         if not self.compile:
             return self.next_token(self.world_model, rows, positions, self.cache.kv, stop, noise)
+        # Contiguous, since a compiled graph expects the same strides each time; and copied, since a CUDA graph writes its
+        # outputs to the same place each time.
         torch.compiler.cudagraph_mark_step_begin()
-        # A CUDA graph writes its outputs to the same place every time.
-        return tuple(x.clone() for x in self.next_token(self.world_model, rows, positions, self.cache.kv, None, noise))
+        outputs = self.next_token(self.world_model, rows.contiguous(), positions, self.cache.kv, None, noise)
+        return tuple(output.clone() for output in outputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 It measures the project beside a plain version of the same mathematics, written below as one would write it first:
 separate products for queries, keys and values, attention as a masked softmax, a cache that grows by copying, 17 passes
-for a dreamed frame, and frames that are encoded and reconstructed whenever a sample needs them. Both are held against
+for a dreamed frame, and frames that are encoded and reconstructed whenever a sample needs them; in torch's own memory
+layout, optimisers and memory allocation. Both are held against
 what the machine reaches when it does nothing but multiply or convolve. Each measurement has a process of its own, so
-that memory peaks are its own, and takes the best of a few repetitions; plain and ours take turns.
+that memory peaks are its own, and takes the best of a few repetitions (dreams: of one, after one to warm up).
 
 `Plain` is also the reference of `test_speed.py`, which shows that it computes the same.
 """
@@ -290,7 +291,7 @@ def measure(options: Options) -> dict:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         return {"gflops": ceiling(detail[0], dtype, device, args, options.repeat)}
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if who == "ours" else "highest")
+        torch.backends.cuda.matmul.fp32_precision = "ieee" if who == "plain" else "tf32"
     agent = build_agent(args, 4).to(device)
     torch.nn.init.normal_(agent.tokenizer.codebook.weight)  # so that tokens differ
     plain, ours = Plain(agent), who != "plain"
@@ -546,7 +547,7 @@ def main(options: Options) -> None:
     print("\n| an idea alone, ms | without | with |\n| --- | --- | --- |")
     whole = f"/64/{args.horizon}"
     for text, without, with_it in (
-        ("group norm of 16 frames, the backward written out, fp32", "norm/plain/fp32", "norm/ours/fp32"),
+        ("group norm of a frame, the backward written out, fp32", "norm/plain/fp32", "norm/ours/fp32"),
         ("the same, bf16", "norm/plain/bf16", "norm/ours/bf16"),
         ("tokenizer training, a frame, freed memory kept, fp32", "tokenizer/returned/fp32", "tokenizer/ours/fp32"),
         ("the same, bf16", "tokenizer/returned/bf16", "tokenizer/ours/bf16"),

@@ -48,25 +48,29 @@ def test_lambda_returns_equal_the_direct_sum_over_n_step_returns():
             assert float(got[n, t]) == pytest.approx(expected, abs=1e-9)
 
 
-def test_losses_equal_loops_over_all_steps_but_the_last():
+@pytest.mark.parametrize("behind_ends", [True, False])
+def test_losses_equal_loops_over_all_steps_but_the_last_and_those_behind_an_end_only_if_asked(behind_ends):
     torch.manual_seed(0)
     n, length, actions = 2, 4, 3
     rollout = Rollout(
         torch.randn(n, length, actions), torch.randn(n, length), torch.randint(actions, (n, length)),
         torch.randn(n, length).sign(), torch.tensor([[False, True, False, False], [False] * 4]), [],
     )
-    losses, metrics = actor_critic_loss(rollout, gamma=0.9, lambda_=0.8, entropy_weight=0.1)
+    losses, metrics = actor_critic_loss(rollout, 0.9, 0.8, entropy_weight=0.1, behind_ends=behind_ends)
     returns = lambda_returns(rollout.rewards, rollout.values, rollout.ends, 0.9, 0.8)
     policy, value, entropy = [], [], []
     for i in range(n):
         for t in range(length - 1):
+            if not behind_ends and (i, t) == (0, 2):  # the first of the two ends at step 1
+                continue
             p = [math.exp(x) for x in rollout.logits[i, t].tolist()]
             p = [x / sum(p) for x in p]
             advantage = float(returns[i, t] - rollout.values[i, t])
             policy.append(-math.log(p[rollout.actions[i, t]]) * advantage)
             value.append(advantage**2)
             entropy.append(-sum(x * math.log(x) for x in p))
-    count = n * (length - 1)
+    count = n * (length - 1) - (not behind_ends)
+    assert len(policy) == count
     assert float(losses["actions"]) == pytest.approx(sum(policy) / count, rel=1e-5)
     assert float(losses["values"]) == pytest.approx(sum(value) / count, rel=1e-5)
     assert float(losses["entropy"]) == pytest.approx(-0.1 * sum(entropy) / count, rel=1e-5)

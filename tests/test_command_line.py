@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,6 +243,7 @@ BAD_INPUT = {
     "no such device": (["--device", "quantum"], "--device quantum is not to be had"),
     "lpips insisted on": (["--perceptual-loss", "lpips"], "vgg16-397923af.pth .* and lpips_v0.1_vgg.pth"),
     "wandb missing": ([*FAST, "--track"], "pip install wandb"),
+    "no compiler": (["--device", "cpu", "--compile"], "install g\\+\\+"),
 }
 
 
@@ -258,6 +260,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, finished, foreign_fil
     if case == "wandb missing":  # hides an installed one
         (tmp_path / "path").mkdir()
         (tmp_path / "path/wandb.py").write_text("raise ImportError('hidden')")
+    if case == "no compiler":  # hides an installed one
+        changes |= {"PATH": str(tmp_path), "CXX": ""}
     assert_one_clear_line(train(*arguments, **changes), message)
     assert (finished[0] / "checkpoint.pt").read_bytes() == before
 
@@ -265,6 +269,19 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, finished, foreign_fil
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_asked_for_and_absent_is_one_clear_line():
     assert_one_clear_line(train("--device", "cuda"), "--device cuda is not to be had here")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU: install g++")
+def test_a_run_with_compile_learns_the_same_as_one_without(tmp_path):
+    returns = []
+    for flags in ([], ["--compile"]):
+        folder = tmp_path / f"run{len(flags)}"
+        result = train(*FAST, *COUNTER, "--epochs", 3, "--run-dir", folder, *flags)
+        assert result.returncode == 0, result.stderr
+        lines = [line for line in result.stdout.splitlines() if line.startswith("epoch")]
+        returns.append([re.sub(r"  \d+ s  .*", "", line) for line in lines])  # without the times
+    assert returns[0] == returns[1] and "imagined reward" in returns[0][-1]
 
 
 def test_a_game_that_does_not_repeat_itself_cannot_be_resumed_and_says_so(tmp_path):

@@ -118,18 +118,18 @@ def test_the_nearest_code_is_searched_in_whole_float32_where_tf32_is_allowed():
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function.overloadpacket.__name__ in ("mm", "addmm"):
-                seen.add((torch.get_float32_matmul_precision(), args[0].dtype))
+                seen.add((torch.backends.cuda.matmul.fp32_precision, args[0].dtype))
             return function(*args, **(kwargs or {}))
 
     tokenizer = Tokenizer(TokenizerConfig(code_dim=8, channels=(8, 8, 8, 8, 8), blocks=(0,) * 5, attention_at=()))
-    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         with Watch(), torch.autocast("cpu", torch.bfloat16):
             tokenizer.encode(torch.rand(1, 3, 64, 64))
-        assert seen == {("highest", torch.float32)}
-        assert torch.get_float32_matmul_precision() == "high"
+        assert seen == {("ieee", torch.float32)}
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
-        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
 def test_a_dreamed_frame_dispatches_at_most_3000_operators_views_included(agent):
@@ -155,19 +155,21 @@ def test_compiled_dreams_are_the_same_dreams_with_one_graph_a_kind_of_pass_and_n
         torch.nn.init.normal_(parameter, std=0.3)
     frames, actions, dreams = torch.rand(3, 3, 64, 64), torch.randint(3, (12, 3)), []
     for compiled in (False, True):
-        dream = Dream(tokenizer, world_model, compiled)
+        dream, shown = Dream(tokenizer, world_model, compiled), []
         torch.manual_seed(1)
-        for _ in range(2):  # the second time in the same cache
-            shown = [dream.reset(frames)]
-            for action in actions:  # long enough to refill more than once
-                frame, rewards, ends = dream.step(action)
-                shown += [frame, rewards, ends]
+        # The third time in the first one's cache; a run changes the batch size when it evaluates.
+        for n, precision in ((3, "fp32"), (2, "fp32"), (3, "fp32"), (3, "bf16")):
+            with autocast(precision):
+                shown.append(dream.reset(frames[:n]))
+                for action in actions:  # long enough to refill more than once
+                    shown += dream.step(action[:n])
         dreams.append(shown)
-    assert all(torch.equal(*pair) for pair in zip(*dreams, strict=True))
+    exact = 3 * (1 + 3 * len(actions))  # in bfloat16 a compiler may keep more digits between two operators
+    assert all(torch.equal(*pair) for pair in list(zip(*dreams, strict=True))[:exact])
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
-    # Passes of 1 and 2 tokens, of 17 after a reset, of 34 at a refill; whatever the position.
-    assert counters["stats"]["unique_graphs"] <= 4
+    # Passes of 1 and 2 tokens, of 17 after a reset, of 34 at a refill, for three kinds of dreams; whatever the position.
+    assert counters["stats"]["unique_graphs"] == 12
 
 
 @pytest.mark.slow
