@@ -106,7 +106,7 @@ def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
 class GroupNormGradient(torch.autograd.Function):
     """Group normalisation with its backward pass written out: two sums over the pixels, and two multiply-adds.
 
-    With x^ = (x - mean) / std and g = weight * dy, dx = (g - mean(g) - x^ * mean(g * x^)) / std, the means over a group.
+    With x^ = (x - mean) / std and g = weight * dy, dx = (g - mean(g) - x^ * mean(g * x^)) / std, means over a group.
     Both means follow from two sums over the pixels of each channel, and dx is then a * dy + b * x + c, with numbers
     a, b, c for each frame and channel. torch's own backward does the same arithmetic, but on a CPU much slower when
     groups are as small as here (2 channels), and most of all in bfloat16 (README, "Speed").

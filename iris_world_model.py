@@ -113,7 +113,8 @@ class Layer(nn.Module):
         self.qkv = Linear(config.width, 3 * config.width)  # queries, keys and values in one product
         self.attention_out = Linear(config.width, config.width)
         self.mlp_norm = nn.LayerNorm(config.width)
-        self.mlp = nn.Sequential(Linear(config.width, 4 * config.width), nn.GELU(), Linear(4 * config.width, config.width))
+        inner = 4 * config.width
+        self.mlp = nn.Sequential(Linear(config.width, inner), nn.GELU(), Linear(inner, config.width))
 
     def forward(self, x: Tensor, n: int, past: "Past | None") -> Tensor:
         t = len(x) // n
@@ -177,8 +178,8 @@ class WorldModel(nn.Module):
         self.register_buffer("causal", positions[:, None] >= positions, persistent=False)
 
     def empty_cache(self, n: int) -> Cache:
-        """A cache for n streams, with nothing read yet. Under autocast it is in bfloat16 on a GPU, but not on a CPU, whose
-        attention takes twice as long for a single position in bfloat16 as in float32."""
+        """A cache for n streams, with nothing read yet. Under autocast it is in bfloat16 on a GPU, but not on a CPU,
+        whose attention takes twice as long for a single position in bfloat16 as in float32."""
         config, weight = self.config, self.embedding.weight
         kind = weight.device.type
         half = kind != "cpu" and torch.is_autocast_enabled(kind)
@@ -213,7 +214,8 @@ class WorldModel(nn.Module):
         """Tokens (N, T) -> logits at the positions of this pass.
 
         Without a cache the stream starts here. With one, it continues the positions that the cache holds, the cache
-        grows by T, and no gradient reaches the transformer. Raises ValueError when the stream becomes longer than max_tokens.
+        grows by T, and no gradient reaches the transformer. Raises ValueError when the stream becomes longer than
+        max_tokens.
         """
         n, t = tokens.shape
         start = 0 if cache is None else cache.size
@@ -370,8 +372,8 @@ class Dream:
         return self.tokenizer.decode(self.tokens), rewards, ends
 
     def _compiled_cache(self, n: int) -> Cache:
-        """What a CUDA graph writes into has to stay where it is, so compiled passes keep a cache for each batch size; and
-        in a tensor for each layer, since a compiler copies all of one to write into a slice of it."""
+        """What a CUDA graph writes into has to stay where it is, so compiled passes keep a cache for each batch size;
+        in a tensor for each layer, since a compiler copies all of a tensor to write into a slice of it."""
         key = n, torch.is_autocast_enabled(self.world_model.embedding.weight.device.type)
         if key not in self.caches:
             self.caches[key] = Cache([layer.clone() for layer in self.world_model.empty_cache(n).kv])
@@ -386,8 +388,8 @@ class Dream:
         positions = self.world_model.positions[start:stop]
         if not self.compile:
             return self.next_token(self.world_model, rows, positions, self.cache.kv, stop, noise)
-        # Contiguous, since a compiled graph expects the same strides each time; and copied, since a CUDA graph writes its
-        # outputs to the same place each time.
+        # Contiguous, since a compiled graph expects the same strides each time; and copied, since a CUDA graph writes
+        # its outputs to the same place each time.
         torch.compiler.cudagraph_mark_step_begin()
         outputs = self.next_token(self.world_model, rows.contiguous(), positions, self.cache.kv, None, noise)
         return tuple(output.clone() for output in outputs)

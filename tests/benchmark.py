@@ -1,4 +1,4 @@
-"""How fast is it, and against what? `python tests/benchmark.py` (a quarter of an hour on two cores); see README, "Speed".
+"""How fast is it, and against what? `python tests/benchmark.py` (a quarter of an hour on two cores); README, "Speed".
 
 It measures the project beside a plain version of the same mathematics, written below as one would write it first:
 separate products for queries, keys and values, attention as a masked softmax, a cache that grows by copying, 17 passes
@@ -34,7 +34,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from iris_agent import Agent, actor_critic_loss, imagine, official_names  # noqa: E402
 from iris_tokenizer import GroupNorm, to_model, to_stored  # noqa: E402
-from iris_train import PRESETS, Args, Replay, build_agent, keep_freed_memory, make_optimizers  # noqa: E402
+from iris_train import (  # noqa: E402
+    PRESETS, Args, Replay, build_agent, choose_device, keep_freed_memory, make_optimizers,
+)  # fmt: skip
 from iris_world_model import Dream  # noqa: E402
 
 
@@ -283,7 +285,7 @@ def measure(options: Options) -> dict:
     """One measurement, named `what/who/precision[/detail]`: seconds an item, GFLOP an item, peak memory."""
     what, who, precision, *detail = options.only.split("/")
     args = PRESETS[options.preset]
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device)
+    device = choose_device(Args(device=options.device))
     torch.manual_seed(0)
     if who not in ("plain", "returned"):
         keep_freed_memory()
@@ -363,8 +365,8 @@ def measure(options: Options) -> dict:
         n, model = batch_of(args, "actor_critic", device), agent.actor_critic
         plain.training = False
         dream = Dream(agent.tokenizer, agent.world_model) if ours else PlainDream(plain)
-        frames, first, mask = random_frames(n, args.burn_in), random_frames(n), torch.ones(n, args.burn_in, device=device)
-        painted, mask = to_stored(frames), mask.bool()
+        frames, first = random_frames(n, args.burn_in), random_frames(n)
+        painted, mask = to_stored(frames), torch.ones(n, args.burn_in, dtype=torch.bool, device=device)
 
         def run() -> None:
             with autocast():
@@ -385,7 +387,8 @@ def measure(options: Options) -> dict:
         norm = GroupNorm(32, 64, eps=1e-6) if ours else torch.nn.GroupNorm(32, 64, eps=1e-6)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         norm = (norm if ours else norm.to(dtype)).to(device)
-        x = torch.randn(n, 64, 64, 64, device=device, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+        x = torch.randn(n, 64, 64, 64, device=device, dtype=dtype)
+        x = x.to(memory_format=torch.channels_last).requires_grad_()
 
         def run() -> None:
             norm(x).sum().backward()
@@ -401,12 +404,13 @@ def measure(options: Options) -> dict:
     elif what == "attention":  # of one position of 64 dreams to a stream half full; who: the type of the cache
         n, (layers, kind) = 1, (4, torch.bfloat16 if who == "bf16" else torch.float32)
         heads, width = args.world_model.heads, args.world_model.width // args.world_model.heads
-        caches = [torch.randn(64, 2 * heads, args.world_model.max_tokens, width, device=device).to(kind) for _ in range(layers)]
+        shape = (64, 2 * heads, args.world_model.max_tokens, width)
+        caches = [torch.randn(shape, device=device).to(kind) for _ in range(layers)]
         query = torch.randn(64, heads, 1, width, device=device, dtype=kind)
 
         def run() -> None:
             for cache in caches:
-                F.scaled_dot_product_attention(query, *cache[:, :, : args.world_model.max_tokens // 2].chunk(2, dim=1))
+                F.scaled_dot_product_attention(query, *cache[:, :, : shape[2] // 2].chunk(2, dim=1))
 
     elif what == "batch":  # getting a batch of the tokenizer's frames from a replay of 10,000
         n = 1
@@ -431,7 +435,9 @@ def measure(options: Options) -> dict:
 
     slow = what in ("imagine", "actor_critic")  # up to a minute each time
     seconds = timed(run, device, 1 if slow else options.repeat) / n
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
     if who != "ours":
         return {"seconds": seconds, "peak_gb": peak / 1e9}
     with FlopCounterMode(display=False) as counter:
@@ -540,7 +546,8 @@ def main(options: Options) -> None:
     print(f"| views included | {counts[0]:,} | {counts[1]:,} | {counts[2]:,} |")
 
     print("\n| imagined frames/s, ours | fp32 | bf16 |\n| --- | --- | --- |")
-    for n, horizon in ((1, args.horizon), (8, args.horizon), (64, args.horizon // 2), (64, args.horizon), (64, 2 * args.horizon)):
+    h = args.horizon
+    for n, horizon in ((1, h), (8, h), (64, h // 2), (64, h), (64, 2 * h)):
         speeds = [1 / figure(f"imagine/ours/{precision}/{n}/{horizon}")["seconds"] for precision in ("fp32", "bf16")]
         print(f"| {n} dreams of {horizon} frames | {speeds[0]:.1f} | {speeds[1]:.1f} |")
 
@@ -554,10 +561,11 @@ def main(options: Options) -> None:
         ("fused AdamW, a step of the world model", "adam/plain/fp32", "adam/ours/fp32"),
         ("cache in float32 and not bfloat16: attention of 4 layers", "attention/bf16/bf16", "attention/fp32/fp32"),
         ("a dreamed frame of 64, --compile", f"imagine/ours/fp32{whole}", f"imagine/compiled/fp32{whole}"),
-        ("a dreamed frame of 1, inference_mode", f"imagine/ours/fp32/1/{args.horizon}", f"imagine/inference_mode/fp32/1/{args.horizon}"),
+        ("a dreamed frame of 1, inference_mode", f"imagine/ours/fp32/1/{h}", f"imagine/inference_mode/fp32/1/{h}"),
     ):  # fmt: skip
         print(f"| {text} | {figure(without)['seconds'] * 1e3:.2f} | {figure(with_it)['seconds'] * 1e3:.2f} |")
-    batch, step = figure("batch/ours/fp32")["seconds"], figure("tokenizer/ours/bf16")["seconds"] * args.tokenizer_batch_size
+    batch = figure("batch/ours/fp32")["seconds"]
+    step = figure("tokenizer/ours/bf16")["seconds"] * args.tokenizer_batch_size
     print(f"| prefetching: getting a batch takes {batch * 1e3:.1f} ms of a tokenizer step's | {step * 1e3:.0f} | |")
 
     if options.json:

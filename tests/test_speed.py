@@ -19,7 +19,10 @@ from iris_world_model import Dream, WorldModel, WorldModelConfig
 
 N, L, K = 2, 3, 16
 # Largest error allowed, as a share of the whole: of a loss, of a vector of gradients, of a matrix of logits.
-BOUNDS = {"fp32": {"loss": 1e-5, "gradient": 1e-3, "logits": 1e-4}, "bf16": {"loss": 0.02, "gradient": 0.15, "logits": 0.03}}
+BOUNDS = {
+    "fp32": {"loss": 1e-5, "gradient": 1e-3, "logits": 1e-4},
+    "bf16": {"loss": 0.02, "gradient": 0.15, "logits": 0.03},
+}
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +171,7 @@ def test_compiled_dreams_are_the_same_dreams_with_one_graph_a_kind_of_pass_and_n
     assert all(torch.equal(*pair) for pair in list(zip(*dreams, strict=True))[:exact])
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
-    # Passes of 1 and 2 tokens, of 17 after a reset, of 34 at a refill, for three kinds of dreams; whatever the position.
+    # Passes of 1 and 2 tokens, of 17 after a reset, of 34 at a refill, for three kinds of dreams, at any position.
     assert counters["stats"]["unique_graphs"] == 12
 
 
