@@ -483,3 +483,24 @@ def test_init_from_takes_over_the_chosen_parts_only(run, tmp_path):
     for name, same in (("tokenizer", True), ("world_model", False), ("actor_critic", True)):
         pairs = zip(getattr(fresh, name).parameters(), getattr(run.agent, name).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) == same
+
+
+def test_catch_pays_whoever_is_under_the_ball_and_the_best_player_always_is():
+    from gymnasium.utils.env_checker import check_env
+
+    args = parse_args(["--preset", "catch"])
+    env = make_env(args.env_id)
+    check_env(env.unwrapped, skip_render_check=True)
+
+    def play(seed, choose):
+        frame, _ = env.reset(seed=seed)
+        for step in range(1, 8):
+            # The ball is all that is red, the paddle what is green: read off the picture, as a player would.
+            columns = [np.flatnonzero((frame[..., c] > 80) & (frame[..., 1 - c] < 130)) % 64 // 8 for c in (0, 1)]
+            ball, paddle = (int(np.median(column)) for column in columns)
+            frame, reward, terminated, truncated, _ = env.step(choose(ball, paddle))
+            assert terminated == (step == 7) and not truncated and (reward == 0 or step == 7)
+        return reward
+
+    assert [play(seed, lambda ball, paddle: 1 + (ball > paddle) - (ball < paddle)) for seed in range(40)] == [1.0] * 40
+    assert {play(seed, lambda ball, paddle: 2 if ball < paddle else 0) for seed in range(40)} == {-1.0}
