@@ -147,7 +147,7 @@ PRESETS = {
         world_model=WorldModelConfig(max_blocks=10, layers=3, width=128),
         actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=256),
     ),
-    # The whole algorithm on tests/catch.py, in minutes on two CPU cores.
+    # The whole algorithm on tests/catch.py, in a quarter of an hour on two CPU cores.
     "catch": Args(
         preset="catch", env_id="tests.catch:Catch-v0",
         epochs=30, collect_epochs=30, collect_steps=200, max_frames=10_000,
