@@ -59,6 +59,9 @@ from iris_world_model import Dream, WorldModel, WorldModelConfig
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+Preset = Literal["paper", "laptop", "catch"]
+
+
 @dataclass
 class Args:
     """Trains IRIS on one game. The defaults are the paper's (its appendix A and published configuration)."""
@@ -66,7 +69,7 @@ class Args:
     # A gymnasium id with discrete actions and image observations; `module:Env-v0` imports the module first
     env_id: str = "BreakoutNoFrameskip-v4"
     # Where the other arguments start: the paper's sizes, or sizes for a machine without a GPU, or for tests/catch.py
-    preset: Literal["paper", "laptop", "catch"] = "paper"
+    preset: Preset = "paper"
     seed: int = 1  # Seed of everything random
     device: str = "auto"  # cuda, cpu, ...; auto takes a GPU where there is one
     # Type of convolutions and products; auto is bf16 where the hardware has it, else fp32 (on a GPU with TF32)
@@ -171,7 +174,7 @@ def parse_args(argv: list[str]) -> Args:
 
     @dataclass
     class First:  # the two flags that decide where the others start
-        preset: Literal["paper", "laptop", "catch"] = "paper"
+        preset: Preset = "paper"
         resume: str = ""
 
     asks_for_help = {"-h", "--help"} & set(argv)
