@@ -239,7 +239,8 @@ class AtariFrames(gym.Wrapper):
     """A `...NoFrameskip-v4` game as IRIS sees it: an action lasts 4 screens, a frame is the maximum of the last two.
 
     With `life_loss_ends`, losing a life ends the episode, but not the game: `info["life_lost"]` is then True, and a
-    `reset()` without a seed plays on with one no-op step. A `reset(seed=...)` always begins a new game.
+    `reset()` without a seed plays on with one no-op step. A `reset(seed=...)` always begins a new game. `screen` is the
+    latest frame for people: (210, 160, 3) uint8, nothing resized.
     """
 
     def __init__(self, env: gym.Env, noop_max: int, life_loss_ends: bool):
@@ -259,6 +260,7 @@ class AtariFrames(gym.Wrapper):
             if terminated or truncated:
                 screen, info = self.env.reset(options=options)
         self.lives, self.life_lost = self.unwrapped.ale.lives(), False
+        self.screen = screen
         return resize_frame(torch.from_numpy(screen)).numpy(), info
 
     def step(self, action: int):
@@ -271,10 +273,24 @@ class AtariFrames(gym.Wrapper):
                 break
         # Resized first, then the maximum: the other order gives another picture of what flickers.
         frame = np.maximum.reduce([resize_frame(torch.from_numpy(screen)).numpy() for screen in screens[-2:]])
+        self.screen = np.maximum.reduce(screens[-2:])
         lives = self.unwrapped.ale.lives()
         self.life_lost = self.life_loss_ends and 0 < lives < self.lives and not (terminated or truncated)
         self.lives = lives
         return frame, total, terminated or self.life_lost, truncated, {**info, "life_lost": self.life_lost}
+
+
+class ResizedFrames(gym.ObservationWrapper):
+    """Any other game: images (H, W[, 1 or 3]) uint8 become frames. `screen` is the latest image, (H, W, 3)."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.observation_space = FRAME_SPACE
+
+    def observation(self, image: np.ndarray) -> np.ndarray:
+        image = image.reshape(*image.shape[:2], -1)  # (H, W, 1 or 3)
+        self.screen = np.repeat(image, 3 // image.shape[2], axis=2)
+        return resize_frame(torch.from_numpy(self.screen)).numpy()
 
 
 def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_loss_ends: bool = False) -> gym.Env:
@@ -302,12 +318,7 @@ def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_los
     shape = space.shape if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 else ()
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3)):
         raise IrisError(f"{env_id} observes {space}; IRIS needs an image (H, W[, 1 or 3]) of uint8: wrap it")
-
-    def prepare(image: np.ndarray) -> np.ndarray:
-        image = image.reshape(*image.shape[:2], -1)  # (H, W, 1 or 3)
-        return resize_frame(torch.from_numpy(np.repeat(image, 3 // image.shape[2], axis=2))).numpy()
-
-    return gym.wrappers.TransformObservation(env, prepare, FRAME_SPACE)
+    return ResizedFrames(env)
 
 
 def unknown_env_hint(env_id: str, error: Exception) -> str:
@@ -323,14 +334,19 @@ def unknown_env_hint(env_id: str, error: Exception) -> str:
     return f"did you mean {', '.join(dict.fromkeys(near))}?" if near else "gymnasium does not know it"
 
 
-def human_normalised(env_id: str, mean_return: float) -> float | None:
-    """0 is a random player, 1 a human one; None for a game without published scores (results/published_scores.csv)."""
+def published_scores(env_id: str) -> dict[str, float]:
+    """Method -> mean return in that game, from results/published_scores.csv; empty where there are none."""
     path = Path(__file__).parent / "results" / "published_scores.csv"
     if not path.exists():
-        return None
+        return {}
     game = env_id.split("/")[-1].split("-")[0].removesuffix("NoFrameskip")
     rows = (line.split(",") for line in path.read_text().splitlines())
-    scores = {method: float(score) for name, method, score in rows if name == game}
+    return {method: float(score) for name, method, score in rows if name == game}
+
+
+def human_normalised(env_id: str, mean_return: float) -> float | None:
+    """0 is a random player, 1 a human one; None for a game without published scores."""
+    scores = published_scores(env_id)
     return (mean_return - scores["random"]) / (scores["human"] - scores["random"]) if scores else None
 
 
@@ -656,8 +672,10 @@ KEPT_TEST_STEPS = 2000  # of each test episode, for losses and media; half an ho
 
 
 @torch.no_grad()
-def play_test_episodes(agent: Agent, args: Args, device: torch.device, seed: int) -> list[dict]:
-    """Whole games -> for each: return, length, and the replay's columns of its first 2,000 steps.
+def play_test_episodes(
+    agent: Agent, args: Args, device: torch.device, seed: int, keep: int = KEPT_TEST_STEPS
+) -> list[dict]:
+    """Whole games -> for each: return, length, and the replay's columns of its first `keep` steps.
 
     They are played in rounds of `test_envs` side by side, each round until its longest game is over: to stop at the
     first sixteen that end would favour short, that is bad, games.
@@ -678,7 +696,7 @@ def play_test_episodes(agent: Agent, args: Args, device: torch.device, seed: int
                 game, end = games[number], terminated or truncated
                 game["return"] += float(reward)
                 game["length"] += 1
-                if game["length"] <= KEPT_TEST_STEPS:
+                if game["length"] <= keep:
                     for name, value in zip(Replay.COLUMNS, (frames[place], action, reward, end), strict=True):
                         game[name].append(value)
                 if not end:

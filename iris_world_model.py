@@ -309,6 +309,7 @@ class Dream:
     A dream may be longer than the transformer's 20 blocks. When the stream is full, the more recent half of its blocks
     is read again from position 0, so that speed and direction of what moves are not forgotten (the published code
     starts over from the last frame alone, which shows no motion). Half, because one long pass then buys ten steps.
+    `kept_blocks` is that number; 1 is the published way.
 
     With `compile`, torch.compile makes one call of the token pass; on a GPU, one launch of a CUDA graph. For that, its
     shapes and addresses are fixed: the attention runs over the whole cache under a mask, the position is a tensor, and
@@ -322,6 +323,7 @@ class Dream:
                 f"{world_model.config.tokens_per_frame}: make world_model.tokens_per_frame the same"
             )
         self.tokenizer, self.world_model, self.compile = tokenizer, world_model, compile
+        self.kept_blocks = world_model.config.max_blocks // 2
         self.next_token, self.caches = next_token, {}
         if compile:
             mode = "reduce-overhead" if world_model.embedding.weight.is_cuda else None  # this is what makes CUDA graphs
@@ -353,7 +355,7 @@ class Dream:
         # The next frame's tokens are read too, but for the 16th, which is read with the action after it.
         needed = self.stream.shape[1] + (config.tokens_per_frame - 1 if next_frame else 0)
         if needed > config.max_tokens:
-            self.stream = self.stream[:, -(config.max_blocks // 2) * config.block :]
+            self.stream = self.stream[:, -self.kept_blocks * config.block :]
             self.cache.size = 0  # the old keys and values are written over
         # All random numbers of the frame at once: (K, N, V), for each of its tokens a number for each code.
         shape = (config.tokens_per_frame if next_frame else 1, len(actions), model.vocab_size)

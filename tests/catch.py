@@ -34,6 +34,10 @@ class Catch(gym.Env):
         reward = (1.0 if self.paddle == self.column else -1.0) if end else 0.0
         return self.render(), reward, end, False, {}
 
+    def get_action_meanings(self) -> list[str]:
+        """As Atari games have it; `iris_play.py` finds the keys for an action by its name."""
+        return ["LEFT", "NOOP", "RIGHT"]
+
     def render(self) -> np.ndarray:
         board = np.full((SIZE, SIZE, 3), (20, 20, 40), np.uint8)
         board[-1, self.paddle] = (90, 200, 90)
