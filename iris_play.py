@@ -662,6 +662,7 @@ class Recording:
         taken = len(list(folder.glob(f"{name}*.npz")))  # two in a second
         self.path = folder / (f"{name}_{taken}.npz" if taken else f"{name}.npz")
         self.video, self.steps = Video(str(self.path.with_suffix(".mp4")), fps, header=True), []
+        print(f"Recording {self.path}", flush=True)
 
     def add(self, before: View, after: View, header: list[str]) -> None:
         """A step, and the picture that it began with."""
@@ -786,7 +787,7 @@ def evaluate(agent: Agent, train_args: iris_train.Args, args: Args, device: torc
     published, score = iris_train.published_scores(train_args.env_id), iris_train.human_normalised(train_args.env_id, returns.mean())
     result = {
         "env_id": train_args.env_id, "checkpoint": str(checkpoint), "episodes": args.evaluate,
-        "temperature": args.temperature, "seed": args.seed, "mean": returns.mean(), "standard_error": spread,
+        "temperature": args.temperature if args.temperature < float("inf") else "inf", "seed": args.seed, "mean": returns.mean(), "standard_error": spread,
         "median": np.median(returns), "min": returns.min(), "max": returns.max(), "human_normalised": score,
         "paper": published.get("iris"), "returns": returns.tolist(),
     }  # fmt: skip
@@ -799,7 +800,7 @@ def evaluate(agent: Agent, train_args: iris_train.Args, args: Args, device: torc
         print(f"  human-normalised{score:9.3f}   (0 is a random player's {published['random']}, 1 a human's {published['human']})")
         print(f"  the paper's    {published['iris']:10.2f}   (mean of five agents)")
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2, allow_nan=False, default=float) + "\n")
+        Path(args.json).write_text(json.dumps(result, indent=2, default=float) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

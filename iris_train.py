@@ -153,11 +153,11 @@ PRESETS = {
     # The whole algorithm on tests/catch.py, in a quarter of an hour on two CPU cores.
     "catch": Args(
         preset="catch", env_id="tests.catch:Catch-v0",
-        epochs=30, collect_epochs=30, collect_steps=200, max_frames=10_000,
+        epochs=32, collect_epochs=32, collect_steps=200, max_frames=10_000,
         tokenizer_from=3, tokenizer_steps=100, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
         world_model_from=9, world_model_steps=100, world_model_batch_size=32, world_model_learning_rate=1e-3,
-        actor_critic_from=13, actor_critic_steps=60, actor_critic_batch_size=32, actor_critic_learning_rate=1e-3,
-        horizon=8, burn_in=6, entropy_weight=0.01, behind_ends=False, gamma=0.99,
+        actor_critic_from=15, actor_critic_steps=50, actor_critic_batch_size=64, actor_critic_learning_rate=1e-3,
+        horizon=8, burn_in=6, entropy_weight=0.02, behind_ends=False, gamma=0.99,
         eval_every=5, test_episodes=40, test_envs=40,
         tokenizer=TokenizerConfig(
             vocab_size=64, code_dim=32, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 0, 1), attention_at=(),
