@@ -5,14 +5,12 @@ keys become actions, the transformer answers with the tokens of the next frame, 
 the real game is left but its first frame. The same loop shows the agent at work, replays what a run has kept, and
 with `--evaluate` measures a policy as the paper does.
 
-    world                           controller                      screen
-    the game                        a person: keys -> action        a window
-    the dream (chapter 2)           the agent: policy -> action     a page in the browser
-    a recorded episode                                              a video file
-        |   ^                            ^    |                          ^    |
-        |   +----------- action ---------|----+                          |    | keys
-        +------- frame, reward, end -----+------------- picture ---------+    v
-                                     play(), which knows none of them by name
+    controller --- action ---> world --- picture ---> screen
+    a person: keys             the game               a window
+    the agent: policy          the dream (chapter 2)  a page in the browser
+      ^   ^                    a recorded episode     a video file
+      |   +----- frame, reward, end ----+                  |
+      +------------------------ keys ----------------------+      all in one loop, play(), that knows none by name
 
 Run it:   python iris_play.py                            # the agent of the newest run plays the real game
           python iris_play.py --world-model              # you play in its dream; `--agent`: it plays there itself
@@ -24,6 +22,7 @@ Read it:  arguments, worlds, controllers, screens, the loop, then evaluation and
 import base64
 import ctypes
 import json
+import os
 import re
 import signal
 import socket
@@ -34,7 +33,7 @@ import zipfile
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Callable, Literal
+from typing import Callable
 
 import cv2
 import numpy as np
@@ -49,6 +48,7 @@ from iris_train import checkpoint_path, choose_device, has_bf16, load_agent, mak
 from iris_world_model import Dream, sample
 
 PRETRAINED_URL = "https://huggingface.co/eloialonso/iris/resolve/main/pretrained_models/{}.pt"
+NO_DISPLAY = "there is no display here: choose --web (a page in the browser) or --video FILE"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -74,29 +74,35 @@ class Args:
     web: bool = False  # Show it in the browser, not in a window
     host: str = "127.0.0.1"  # With web: address to serve at; any but this one lets others on your network play
     port: int = 8765  # With web: port to serve at; 0 takes a free one
-    video: str = ""  # Show nothing, write this .mp4, .gif or .webp: an episode (of a dream 1,000 steps at most)
-    steps: int = 0  # Stop after so many steps
+    video: str = ""  # Show nothing, write this .mp4, .gif or .webp: one episode, or --steps
+    steps: int = 0  # Stop after so many steps; of a dream, .gif or .webp a video is 1,000 if nothing is said
 
-    fps: float = 15.0  # Steps a second; 15 is the real game's speed
-    header: bool = False  # Write step, action, reward, return, value and policy under the picture
+    fps: float = 15.0  # Steps a second; 15 is an Atari's own speed
+    header: bool = False  # Write step, action, reward, return, value and policy under the picture; the page always does
     save: bool = False  # Ask after each episode whether to keep it
     seed: int = 1  # Seed of the game, the policy and the dream
     temperature: float = 0.5  # Of the policy; 0 is always its likeliest action, inf plays at random
     json: str = ""  # With evaluate: file to keep the result in
     device: str = "auto"  # cuda, cpu, ...; auto takes a GPU where there is one
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 where the hardware has it
 
 
 def check(args: Args) -> None:
     """Raises IrisError for arguments that don't go together, before anything is loaded."""
+    given = {name for name, value in vars(args).items() if value not in (False, 0, "")}
+
+    def flags(names) -> str:
+        return " and ".join(f"--{name.replace('_', '-')}" for name in names)
+
     for names in (
         ("checkpoint", "run_dir", "pretrained"), ("human", "world_model", "episodes", "evaluate"), ("web", "video"),
         ("human", "agent"), ("human", "video"), ("episodes", "save"), ("video", "save"),
-        ("reconstruction", "world_model"),
+        ("reconstruction", "world_model"), *(("evaluate", x) for x in ("web", "video", "save", "reconstruction")),
     ):  # fmt: skip
-        given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
-        if len(given) > 1:
-            raise IrisError(f"{' and '.join(given)} don't go together: leave one out")
+        if len(both := [name for name in names if name in given]) > 1:
+            raise IrisError(f"{flags(both)} don't go together: leave one out")
+    for name, needed in (("json", "evaluate"), ("agent", "world_model")):
+        if name in given and needed not in given:
+            raise IrisError(f"{flags([name])} needs {flags([needed])}")
     for name, valid in (
         ("fps", 0 < args.fps <= 1000), ("temperature", args.temperature >= 0), ("evaluate", args.evaluate >= 0),
         ("steps", args.steps >= 0), ("seed", 0 <= args.seed < 2**31), ("port", 0 <= args.port < 2**16),
@@ -118,7 +124,8 @@ def find_checkpoint(args: Args) -> Path:
                 print(f"Fetching {url}", flush=True)
                 download(url, path)
         except OSError as error:
-            raise IrisError(f"can't fetch the agent ({error}): put {path.name} (from {url}) into {path.parent}") from error
+            where = f"put {path.name} (from {url}) into {path.parent}"
+            raise IrisError(f"can't fetch the agent ({error}): {where}") from error
         return path
     if args.checkpoint or args.run_dir:
         return checkpoint_path(args.checkpoint or args.run_dir)
@@ -150,66 +157,72 @@ class View:
     end: bool = False
     label: str = ""  # what else to say of it
 
+    def after(self, action: int, reward: float, end: bool, before: "View") -> "View":
+        """This view, as the one that an action led to."""
+        total = before.total + reward
+        return replace(self, step=before.step + 1, total=total, action=action, reward=reward, end=end)
+
 
 class Game:
     """The real game, as in tests: whole games, not single lives. Each reset begins the game of the next seed."""
 
+    commands: dict = {}
+
     def __init__(self, agent: Agent, env, device: torch.device, seed: int, three_panels: bool = False):
         self.agent, self.env, self.device, self.seed, self.three_panels = agent, env, device, seed, three_panels
-        self.commands: dict[str, tuple[str, Callable[[], View]]] = {}
 
-    def reset(self) -> View:
-        frame, _ = self.env.reset(seed=self.seed)
-        self.seed += 1
-        self.now = self.look(frame)
-        return self.now
-
-    def look(self, frame: np.ndarray, **what_happened) -> View:
+    def look(self, frame: np.ndarray) -> View:
         seen = self.agent.tokenizer.reconstruct(to_model(torch.from_numpy(frame)[None].to(self.device)))
         panels = [self.env.screen, frame, to_stored(seen)[0].cpu().numpy()]
-        return View(panels if self.three_panels else panels[:1], frame, seen, **what_happened)
+        return View(panels if self.three_panels else panels[:1], frame, seen)
+
+    def reset(self) -> View:
+        self.now = self.look(self.env.reset(seed=self.seed)[0])
+        self.seed += 1
+        return self.now
 
     def step(self, action: int) -> View:
         frame, reward, terminated, truncated, _ = self.env.step(action)
-        self.now = self.look(
-            frame, step=self.now.step + 1, total=self.now.total + float(reward), action=action, reward=float(reward),
-            end=terminated or truncated,
-        )  # fmt: skip
+        self.now = self.look(frame).after(action, float(reward), terminated or truncated, self.now)
         return self.now
 
 
 class DreamedGame:
     """The dream of chapter 2. The first frame of a real game begins it; after that the real game is not asked."""
 
+    commands: dict = {}
+
     def __init__(self, agent: Agent, game: Game):
         self.dream, self.game = Dream(agent.tokenizer, agent.world_model), game
-        self.commands: dict[str, tuple[str, Callable[[], View]]] = {}
+
+    def look(self, seen: Tensor) -> View:
+        frame = to_stored(seen)[0].cpu().numpy()
+        return View([frame], frame, seen)
 
     def reset(self) -> View:
-        self.now = self.look(self.dream.reset(to_model(torch.from_numpy(self.game.reset().frame)[None].to(self.game.device))))
+        frame = torch.from_numpy(self.game.reset().frame)[None].to(self.game.device)
+        self.now = self.look(self.dream.reset(to_model(frame)))
         return self.now
-
-    def look(self, seen: Tensor, **what_happened) -> View:
-        frame = to_stored(seen)[0].cpu().numpy()
-        return View([frame], frame, seen, **what_happened)
 
     def step(self, action: int) -> View:
         seen, rewards, ends = self.dream.step(torch.tensor([action], device=self.game.device))
-        self.now = self.look(
-            seen, step=self.now.step + 1, total=self.now.total + rewards.item(), action=action, reward=rewards.item(),
-            end=bool(ends),
-        )  # fmt: skip
+        self.now = self.look(seen).after(action, rewards.item(), bool(ends), self.now)
         return self.now
 
 
 class RecordedEpisodes:
-    """What a run has kept: media/episodes/{train,test,imagination}, and media/recordings. Actions change nothing."""
+    """What was kept: media/episodes/{test,train,imagination}, and media/recordings. A step shows the next recorded
+    frame, whatever the action."""
 
     def __init__(self, agent: Agent, folder: Path, device: torch.device, two_panels: bool):
         places = [folder / "media/episodes" / name for name in ("test", "train", "imagination")]
-        self.folders = [found for place in (*places, folder / "media/recordings") if (found := sorted(place.glob("*.npz")))]
+        places.append(folder / "media/recordings")
+        self.folders = [found for place in places if (found := sorted(place.glob("*.npz")))]
         if not self.folders:
-            raise IrisError(f"{folder} has no recorded episodes: evaluations and `,` while playing record some")
+            raise IrisError(
+                f"there are no recorded episodes in {folder.resolve()}/media: evaluations record some, and `,` while "
+                "playing does"
+            )
         self.agent, self.device, self.two_panels = agent, device, two_panels
         self.folder, self.episode = 0, 0
         self.commands = {
@@ -233,8 +246,10 @@ class RecordedEpisodes:
         try:
             with np.load(path) as file:
                 self.frames, self.actions, self.rewards = (file[name] for name in ("frames", "actions", "rewards"))
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise IrisError(f"{path} is no readable episode: delete it") from error
+            if self.frames.shape[1:] != (64, 64, 3) or not len(self.frames) == len(self.actions) == len(self.rewards):
+                raise ValueError
+        except (OSError, ValueError, EOFError, KeyError, IndexError, zipfile.BadZipFile) as error:
+            raise IrisError(f"{path} is no readable episode: move it away") from error
         self.label = f"{path.parent.name}/{path.stem}, {len(self.frames)} steps"
         return self.at(0)
 
@@ -246,12 +261,11 @@ class RecordedEpisodes:
         if self.folders[self.folder][0].parent.name != "imagination":  # dreams are reconstructions already
             seen = self.agent.tokenizer.reconstruct(seen)
             panels += [to_stored(seen)[0].cpu().numpy()] if self.two_panels else []
-        before = self.place - 1
-        return View(
-            panels, frame, seen, self.place, float(self.rewards[: self.place].sum()),
-            int(self.actions[before]) if self.place else None, float(self.rewards[before]) if self.place else 0.0,
-            end=self.place == len(self.frames), label=self.label,
-        )  # fmt: skip
+        view = View(panels, frame, seen, self.place, float(self.rewards[: self.place].sum()), label=self.label)
+        if self.place == 0:
+            return view
+        action, reward = int(self.actions[self.place - 1]), float(self.rewards[self.place - 1])
+        return replace(view, action=action, reward=reward, end=self.place == len(self.frames))
 
     def step(self, action: int) -> View:
         return self.at(self.place + 1)
@@ -279,43 +293,42 @@ class Person:
 
     def __init__(self, names: list[str]):
         self.actions = [set(re.findall(r"UP|DOWN|LEFT|RIGHT|FIRE|\d+", name)) for name in names]  # parts of each
+        keys = {part: "/".join(key for key in MEANINGS if MEANINGS[key] == part) for part in MEANINGS.values()}
         self.help = "   ".join(
-            f"{name}: {' + '.join('/'.join(key for key, meaning in MEANINGS.items() if meaning == part) for part in sorted(parts))}"
+            f"{name}: {' + '.join(keys.get(part, '-') for part in sorted(parts))}"
             for name, parts in zip(names, self.actions, strict=True) if parts
         )  # fmt: skip
-
-    def reset(self) -> None:
-        pass
 
     def look(self, view: View) -> str:
         return ""
 
     def choose(self, held: list[str]) -> int:
-        """The keys held, oldest first -> the action that uses most of them, and of such the one of the newest keys."""
+        """The keys held, oldest first -> of the actions whose every part is held the one with most parts, and among
+        equals the one with the newest keys. With nothing held that is NOOP, or the first action."""
         wanted = list(dict.fromkeys(MEANINGS[key] for key in held if key in MEANINGS))
 
         def fit(action: int) -> tuple[int, int]:
             parts = self.actions[action]
             if not parts <= set(wanted):
                 return -1, 0
-            return len(parts), sum(2 ** wanted.index(part) for part in parts)
+            return len(parts), sum(2 ** wanted.index(part) for part in parts)  # a newer key outweighs all older ones
 
-        return max(range(len(self.actions)), key=fit)  # with nothing held, NOOP, or the first
+        return max(range(len(self.actions)), key=fit)
 
 
 class AgentPlayer:
     name = "agent"
 
     def __init__(self, agent: Agent, names: list[str], temperature: float):
-        self.agent, self.names, self.temperature = agent, names, temperature
-
-    def reset(self) -> None:
-        self.state = self.agent.actor_critic.initial_state(1)
+        self.agent, self.names, self.temperature, self.step = agent, names, temperature, -2
 
     def look(self, view: View) -> str:
-        """Takes the view in, whoever plays: the LSTM follows the game, so that it can take over at any moment."""
+        """Takes the view in, whoever plays: its LSTM follows the game, so that it can take over at any moment."""
+        if view.step != self.step + 1:  # another episode, or a jump in a recorded one: nothing leads here
+            self.state = self.agent.actor_critic.initial_state(1)
+        self.step = view.step
         logits, value, self.state = self.agent.actor_critic(view.seen, self.state)
-        self.logits = logits[0] / self.temperature if self.temperature else (logits[0] == logits[0].max()).float().log()
+        self.logits = logits[0] / max(self.temperature, 1e-6)
         shares = self.logits.softmax(dim=0).tolist()
         best = sorted(range(len(shares)), key=lambda action: -shares[action])[:4]
         return f"value {value.item():.2f}   policy {'  '.join(f'{self.names[i]} {shares[i]:.0%}' for i in best)}"
@@ -330,14 +343,14 @@ class AgentPlayer:
 
 
 def paint(panels: list[np.ndarray], lines: list[str]) -> np.ndarray:
-    """Pictures of any size (H, W, 3) uint8 side by side, and lines of text below -> one picture, pixels kept square."""
-    if len(panels) == 1:
-        times = max(1, round(448 / panels[0].shape[0]))  # a whole number, so that all pixels stay alike
-        shown = panels[0].repeat(times, axis=0).repeat(times, axis=1)
-    else:
-        sizes = [(round(448 * panel.shape[1] / panel.shape[0]), 448) for panel in panels]
-        large = [cv2.resize(panel, size, interpolation=cv2.INTER_NEAREST) for panel, size in zip(panels, sizes, strict=True)]
-        shown = np.concatenate([np.pad(panel, ((0, 0), (4, 4), (0, 0))) for panel in large], axis=1)
+    """Pictures of any size (H, W, 3) uint8 side by side, and lines of text below -> one picture (H', W', 3) uint8."""
+    # Magnified by whole numbers, so that all pixels stay alike.
+    times = [max(1, round(448 / panel.shape[0])) for panel in panels]
+    large = [panel.repeat(n, axis=0).repeat(n, axis=1) for panel, n in zip(panels, times, strict=True)]
+    height, gap = max(panel.shape[0] for panel in large), 4 if len(large) > 1 else 0
+    shown = np.concatenate(
+        [np.pad(panel, ((0, height - panel.shape[0]), (gap, gap), (0, 0))) for panel in large], axis=1
+    )  # fmt: skip
     if not lines:
         return shown
     width = max(shown.shape[1], 480)
@@ -352,8 +365,11 @@ def x11_key_state() -> Callable[[int], bool] | None:
     """Asks the X server whether the key with a given symbol is down now; None where there is no X library.
 
     OpenCV reports that a key was pressed, then, while it is held, that it was pressed again, 25 times a second after a
-    pause, and only of the latest key held; never that it was let go. Left and fire held together can't be told so.
+    pause, and only of the latest key held; never that it was let go; and of two keys that come while the program is
+    computing, only the second. So which keys are held, the server's own map of the keyboard has to say.
     """
+    if not os.environ.get("DISPLAY"):
+        raise IrisError(NO_DISPLAY)  # else Qt would end the program itself
     try:
         x11 = ctypes.CDLL("libX11.so.6")
     except OSError:
@@ -361,7 +377,7 @@ def x11_key_state() -> Callable[[int], bool] | None:
     x11.XOpenDisplay.restype = ctypes.c_void_p
     display = ctypes.c_void_p(x11.XOpenDisplay(None))
     if not display:
-        raise IrisError("there is no display here: choose --web (a page in the browser) or --video FILE")
+        raise IrisError(NO_DISPLAY)
     keys = ctypes.create_string_buffer(32)  # a bit for each key of the keyboard
 
     def is_down(symbol: int) -> bool:
@@ -373,54 +389,63 @@ def x11_key_state() -> Callable[[int], bool] | None:
 
 
 class Window:
-    """OpenCV's window. A press is what it reports; a release is what the X server's map of keys shows."""
+    """OpenCV's window. OpenCV reports that keys were pressed in it; which ones, and until when, the X server."""
 
-    NAMES = {
-        65361: "left", 65362: "up", 65363: "right", 65364: "down", 63234: "left", 63232: "up", 63235: "right",
-        63233: "down", 13: "enter", 65421: "enter", 27: "q", 32: "space",
+    # X's key symbols; those of other keys are the characters themselves
+    SYMBOLS = {"left": 65361, "up": 65362, "right": 65363, "down": 65364, "enter": 65293, "space": 32}
+    NAMES = {symbol: name for name, symbol in SYMBOLS.items()} | {
+        13: "enter", 65421: "enter", 27: "q", 63234: "left", 63232: "up", 63235: "right", 63233: "down",  # and macOS
     }  # fmt: skip
-    HELD_FOR = 0.15  # seconds that a key counts as held after a report, where nothing better is known (macOS)
+    HELD_FOR = 0.25  # seconds that a key counts as held after a report, where nothing better is known (macOS)
 
-    def __init__(self, title: str, header: bool):
+    def __init__(self, title: str, names: list[str], header: bool):
         self.title, self.header = title, header
-        self.down: dict[str, tuple[int, float]] = {}  # key -> its symbol, and when it was last reported
+        self.symbols = {name: self.SYMBOLS.get(name) or ord(name) for name in names}
+        self.down: dict[str, float] = {}  # key -> when it was last reported; oldest press first
         self.is_down = x11_key_state() if sys.platform == "linux" else None
         try:
             cv2.namedWindow(title, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
         except cv2.error as error:
-            raise IrisError("this OpenCV has no windows (opencv-python-headless?): use --web or --video FILE") from error
+            raise IrisError("this OpenCV has no windows (opencv-python-headless?): use --web or --video") from error
 
     def show(self, panels: list[np.ndarray], header: list[str], notice: str) -> None:
         lines = (header if self.header else []) + ([notice] if notice else [])
         cv2.imshow(self.title, paint(panels, lines)[..., ::-1])
 
     def read(self, deadline: float) -> tuple[list[str], list[str]]:
-        pressed, reported = [], {}
+        pressed = []
         while True:
             symbol = cv2.waitKeyEx(max(1, int(1000 * (deadline - time.perf_counter()))))
+            if not self.is_open():
+                return ["q"], []
             if symbol != -1:
-                name = self.NAMES.get(symbol) or (chr(symbol).lower() if 32 < symbol < 127 else "")
-                reported[name] = symbol, time.perf_counter()
-                if name not in self.down:
-                    pressed.append(name)
-                self.down[name] = reported[name]  # a key already there keeps its place: oldest first
-            if cv2.getWindowProperty(self.title, cv2.WND_PROP_VISIBLE) < 1:
-                return ["q"], []  # closed
+                reported = self.NAMES.get(symbol) or chr(symbol & 0xFFFF).lower()
+                others = [name for name in self.symbols if self.is_down and self.is_held(name)]
+                for name in {*others, reported} & self.symbols.keys():
+                    if name not in self.down:
+                        pressed.append(name)
+                    self.down[name] = time.perf_counter()
             if time.perf_counter() >= deadline:
                 break
-        held = [name for name, (symbol, when) in self.down.items() if name in reported or self.is_held(symbol, when)]
-        # What was pressed and let go since the last time counts this time, and is up for the next.
-        self.down = {name: state for name, state in self.down.items() if self.is_held(*state)}
+        # A tap that was shorter than a step counts for one step.
+        held = [name for name in self.down if name in pressed or self.is_held(name)]
+        self.down = {name: when for name, when in self.down.items() if self.is_held(name)}
         return pressed, held
 
-    def is_held(self, symbol: int, reported: float) -> bool:
+    def is_held(self, name: str) -> bool:
         if self.is_down is None:
-            return time.perf_counter() - reported < self.HELD_FOR
-        return self.is_down({13: 0xFF0D, 27: 0xFF1B}.get(symbol, symbol))
+            return time.perf_counter() - self.down[name] < self.HELD_FOR
+        return self.is_down(self.symbols[name])
+
+    def is_open(self) -> bool:
+        try:
+            return cv2.getWindowProperty(self.title, cv2.WND_PROP_VISIBLE) >= 1
+        except cv2.error:  # somebody closed it
+            return False
 
     def close(self) -> None:
-        cv2.destroyAllWindows()
-        cv2.waitKey(1)
+        if self.is_open():
+            cv2.destroyWindow(self.title)
 
 
 class Video:
@@ -449,9 +474,11 @@ class Video:
     def read(self, deadline: float) -> tuple[list[str], list[str]]:
         return [], []
 
-    def close(self) -> None:
+    def close(self, keep: bool = True) -> None:
         if self.writer:
             self.writer.release()
+        if not keep:
+            return self.path.unlink()
         if self.pictures:
             animation = cv2.Animation()
             animation.frames = self.pictures
@@ -465,60 +492,59 @@ class Video:
 PAGE = """<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width">
 <title>$title</title>
 <style>
- body { font: 16px/1.5 system-ui, sans-serif; background: #14161a; color: #e8e8e8; margin: 0 auto; padding: 1rem;
-        max-width: 84rem; text-align: center }
+ body { font: 16px/1.5 system-ui, sans-serif; background: #14161a; color: #e8e8e8; max-width: 84rem; margin: 1rem auto;
+        padding: 0 1rem; text-align: center }
+ h1 { font-size: 1.1rem } p { color: #b0b4bc; font-size: 14px } #notice { min-height: 1.5em; color: #ffc857 }
  img { image-rendering: pixelated; max-width: 100%; min-height: 12rem; background: #000 }
  pre { font: 14px/1.5 ui-monospace, monospace; min-height: 4.5em; margin: .5rem; white-space: pre-wrap }
- #notice { min-height: 1.5em; color: #ffc857 }
  button { font: inherit; color: inherit; background: #2a2e36; border: 1px solid #555; border-radius: 6px; margin: 2px;
           padding: 4px 12px; cursor: pointer }
  button:focus-visible { outline: 3px solid #ffc857 }
  kbd { background: #444; border-radius: 3px; padding: 0 5px; font-size: 85% }
- p { color: #b0b4bc; font-size: 14px }
 </style>
-<h1 style="font-size: 1.1rem; margin: .3rem">$title</h1>
-<img id=picture alt="The game"><div id=notice role=status></div><pre id=header></pre><div id=commands></div><p id=keys></p>
+<h1>$title</h1>
+<img id=picture alt="The game"><div id=notice role=status></div><pre id=header></pre><div id=commands></div><p>$help</p>
 <script>
- const tab = Math.random().toString(36).slice(2), commands = $commands, names = $names, element = {};
- for (const id of ["picture", "notice", "header", "commands", "keys"]) element[id] = document.getElementById(id);
- element.keys.textContent = $help;
+ const tab = Math.random().toString(36).slice(2), names = $names, commands = $commands;
+ const element = (id) => document.getElementById(id);
  const special = {ArrowLeft: "left", ArrowRight: "right", ArrowUp: "up", ArrowDown: "down", " ": "space",
                   Enter: "enter", Escape: "q"};
- let held = [], count = 0;
- // A message at a time would come too late over a slow line, so they overtake each other, and are counted.
+ let down = {}, count = 0;  // physical key -> the name that it had when it was pressed
+ // Over a slow line, messages may arrive out of order: each has a number, and an older one is ignored.
  const send = (pressed) => fetch("/keys", {method: "POST", keepalive: true,
-   body: JSON.stringify({tab, count: ++count, pressed, held})}).catch(() => {});
- for (const [key, text] of Object.entries(commands)) {
-   const button = document.createElement("button");
-   button.append(Object.assign(document.createElement("kbd"), {textContent: key}), " " + text);
-   button.onclick = () => { send([key]); button.blur(); };
-   element.commands.append(button);
- }
+   body: JSON.stringify({tab, count: ++count, pressed, held: Object.values(down)})}).catch(() => {});
+ setInterval(() => Object.keys(down).length && send([]), 300);  // "still held": without it, a key is let go
+ const letGo = () => { if (Object.keys(down).length) { down = {}; send([]); } };
+ addEventListener("blur", letGo);
+ addEventListener("visibilitychange", letGo);
  addEventListener("keydown", (event) => {
    const name = special[event.key] ?? event.key.toLowerCase();
    const onButton = document.activeElement.tagName == "BUTTON" && (name == "enter" || name == "space");
    if (event.ctrlKey || event.metaKey || event.altKey || onButton || !names.includes(name)) return;
    event.preventDefault();
-   if (event.repeat || held.includes(name)) return;
-   held.push(name);
+   if (event.repeat || down[event.code || name]) return;
+   down[event.code || name] = name;
    send([name]);
  });
  addEventListener("keyup", (event) => {
-   const name = special[event.key] ?? event.key.toLowerCase();
-   if (held.includes(name)) { held = held.filter((key) => key != name); send([]); }
+   const key = event.code || (special[event.key] ?? event.key.toLowerCase());
+   if (down[key]) { delete down[key]; send([]); }
  });
- const letGo = () => { if (held.length) { held = []; send([]); } };
- addEventListener("blur", letGo);
- addEventListener("visibilitychange", letGo);
- const stream = new EventSource("/stream?tab=" + tab);
+ for (const [key, text] of Object.entries(commands)) {
+   const button = document.createElement("button");
+   button.append(Object.assign(document.createElement("kbd"), {textContent: key}), " " + text);
+   button.onclick = () => { send([key]); button.blur(); };
+   element("commands").append(button);
+ }
+ const stream = new EventSource("/stream");
  stream.onmessage = (event) => {
    const message = JSON.parse(event.data);
-   if (message.over) { stream.close(); element.notice.textContent = "Stopped. Start iris_play.py again to go on."; return; }
-   element.picture.src = message.picture;
-   element.notice.textContent = message.notice;
-   element.header.textContent = message.header.join("\\n");
+   element("notice").textContent = message.notice;
+   if (message.over) return stream.close();
+   element("picture").src = message.picture;
+   element("header").textContent = message.header.join("\\n");
  };
- stream.onerror = () => { element.notice.textContent = "No connection; trying again."; };
+ stream.onerror = () => { element("notice").textContent = "No connection; trying again."; };
 </script>"""
 
 
@@ -528,14 +554,14 @@ class Page:
     Any site that you visit may send requests to 127.0.0.1, so what comes from another origin is refused.
     """
 
-    def __init__(self, host: str, port: int, title: str, commands: dict[str, str], help_text: str):
+    HELD_FOR = 1.5  # seconds after a tab's last message: the line may have broken, or the tab been closed
+
+    def __init__(self, host: str, port: int, title: str, names: list[str], commands: dict[str, str], help_text: str):
         self.changed, self.message, self.number, self.over = threading.Condition(), b"", 0, False
-        self.held: dict[str, list[str]] = {}  # browser tab -> the keys held in it
-        self.counts: dict[str, int] = {}  # browser tab -> number of its latest message
-        self.pressed: list[str] = []
-        self.names = [*MEANINGS, *commands]
-        parts = {"title": title, "commands": json.dumps(commands), "names": json.dumps(self.names), "help": json.dumps(help_text)}
-        self.page = re.sub(r"\$(title|commands|names|help)", lambda match: parts[match[1]], PAGE).encode()
+        self.tabs: dict[str, tuple[int, float, list[str]]] = {}  # number and time of its latest message, keys held
+        self.names, self.pressed = names, []
+        parts = {"title": title, "help": help_text, "names": json.dumps(names), "commands": json.dumps(commands)}
+        self.page = re.sub(r"\$(\w+)", lambda match: parts[match[1]], PAGE).encode()
         page = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -544,11 +570,9 @@ class Page:
 
             def answer(self, status: int, content: bytes = b"", kind: str = "text/plain") -> None:
                 self.send_response(status)
-                for name, value in (
-                    ("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", str(len(content))),
-                    ("Cache-Control", "no-store"), ("X-Frame-Options", "DENY"), ("X-Content-Type-Options", "nosniff"),
-                ):  # fmt: skip
-                    self.send_header(name, value)
+                self.send_header("Content-Type", f"{kind}; charset=utf-8")
+                self.send_header("Cache-Control", "no-store")
+                self.send_header("X-Frame-Options", "DENY")
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -556,25 +580,22 @@ class Page:
                 """Whether another site sent this, be it under a name of its own that leads here (DNS rebinding)."""
                 address = self.headers.get("Host", "")
                 name = re.sub(r":\d+$", "", address).strip("[]")
-                ours = name in ("localhost", host, socket.gethostname()) or re.fullmatch(r"[0-9.]+|[0-9a-f:]+", name)
-                origin = self.headers.get("Origin")
-                site = self.headers.get("Sec-Fetch-Site", "none")
-                entering = self.path == "/" and self.headers.get("Sec-Fetch-Mode") == "navigate"  # a link to the page
-                return not ours or origin not in (None, f"http://{address}") or (
-                    site not in ("same-origin", "none") and not entering
-                )
+                own = ("localhost", host, socket.gethostname(), socket.getfqdn())
+                if name not in own and not re.fullmatch(r"[0-9.]+|[0-9a-f]*:[0-9a-f:]+", name):
+                    return True
+                if self.headers.get("Origin") not in (None, f"http://{address}"):
+                    return True
+                by_link = self.path == "/" and self.headers.get("Sec-Fetch-Mode") == "navigate"
+                return self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none") and not by_link
 
             def do_GET(self) -> None:
                 if self.is_foreign():
                     self.answer(403, b"This page answers requests of its own only.")
                 elif self.path == "/":
                     self.answer(200, page.page, "text/html")
-                elif self.path.startswith("/stream?tab="):
-                    self.send_response(200)
-                    self.send_header("Content-Type", "text/event-stream")
-                    self.send_header("Cache-Control", "no-store")
-                    self.end_headers()
-                    page.stream(self.path.removeprefix("/stream?tab=")[:20], self.wfile.write)
+                elif self.path == "/stream":
+                    self.answer(200, kind="text/event-stream")
+                    page.stream(self.wfile.write)
                 else:
                     self.answer(404, b"Nothing here.")
 
@@ -587,43 +608,34 @@ class Page:
                         raise ValueError
                     page.receive(json.loads(self.rfile.read(length)))
                     self.answer(204)
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                     self.answer(400, b"Not a message about keys.")
 
         try:
             self.server = ThreadingHTTPServer((host, port), Handler)
         except (OSError, OverflowError) as error:
             raise IrisError(f"can't serve at {host}:{port} ({error}): choose another --port") from error
-        self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # a browser that hangs up in mid-answer is no news
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         port = self.server.server_port
-        print(
-            f"Open http://{host}:{port} in a browser. From another machine: ssh -L {port}:127.0.0.1:{port} THIS_MACHINE, "
-            f"then http://localhost:{port}", flush=True,
-        )  # fmt: skip
+        tunnel = f"ssh -L {port}:127.0.0.1:{port} THIS_MACHINE"
+        print(f"Open http://{host}:{port} in a browser; from another machine behind {tunnel}", flush=True)
 
-    def stream(self, tab: str, write: Callable[[bytes], int]) -> None:
+    def stream(self, write: Callable[[bytes], int]) -> None:
         """Sends a browser tab the newest picture whenever there is one, and leaves out what it is too slow for."""
-        sent = -1
-        try:
-            while True:
-                with self.changed:
-                    news = self.changed.wait_for(lambda: self.over or self.number != sent, timeout=1.0)
-                    sent, message, over = self.number, self.message, self.over
-                write(b"data: %s\n\n" % message if news else b": nothing new\n\n")
-                if over:
-                    return
-        except OSError:  # the tab is closed
-            pass
-        finally:
-            self.held.pop(tab, None)
+        sent = over = 0
+        while not over:
+            with self.changed:
+                self.changed.wait_for(lambda: self.number != sent, timeout=1.0)
+                news, sent, message, over = self.number != sent, self.number, self.message, self.over
+            write(b"data: %s\n\n" % message if news else b": nothing new\n\n")  # which fails where the tab is closed
 
     def receive(self, message: dict) -> None:
-        tab, count, pressed, held = str(message["tab"])[:20], int(message["count"]), message["pressed"], message["held"]
+        tab, count, held = str(message["tab"])[:20], int(message["count"]), message["held"]
         with self.changed:
-            self.pressed += [key for key in pressed if key in self.names]
-            if count > self.counts.get(tab, 0):
-                self.counts[tab], self.held[tab] = count, [key for key in held if key in self.names]
+            self.pressed += [key for key in message["pressed"] if key in self.names]
+            if count > self.tabs.get(tab, (0,))[0]:
+                self.tabs[tab] = count, time.perf_counter(), [key for key in held if key in self.names]
 
     def show(self, panels: list[np.ndarray], header: list[str], notice: str) -> None:
         _, png = cv2.imencode(".png", paint(panels, [])[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
@@ -638,12 +650,13 @@ class Page:
     def read(self, deadline: float) -> tuple[list[str], list[str]]:
         time.sleep(max(0.0, deadline - time.perf_counter()))
         with self.changed:
-            pressed, self.pressed = self.pressed, []
-            held = [key for keys in list(self.held.values()) for key in keys]
-        return pressed, held + [key for key in pressed if key not in held]
+            pressed, self.pressed, alive = self.pressed, [], time.perf_counter() - self.HELD_FOR
+            self.tabs = {tab: state for tab, state in self.tabs.items() if state[1] > alive}
+            held = [key for _, _, keys in self.tabs.values() for key in keys]
+        return pressed, held + [key for key in pressed if key not in held]  # a tap counts for a step
 
     def close(self) -> None:
-        self.publish({"over": True})
+        self.publish({"over": True, "notice": "Stopped. Start iris_play.py again to go on."})
         time.sleep(0.2)  # for the tabs to hear of it
         self.server.shutdown()
         self.server.server_close()
@@ -658,9 +671,9 @@ class Recording:
     """Steps that are being kept: a video as it goes, and in the end the columns that a run's own episodes have too."""
 
     def __init__(self, folder: Path, fps: float):
-        name, folder = time.strftime("%Y%m%d_%H%M%S"), folder / "media/recordings"
-        taken = len(list(folder.glob(f"{name}*.npz")))  # two in a second
-        self.path = folder / (f"{name}_{taken}.npz" if taken else f"{name}.npz")
+        now = time.time()
+        name = time.strftime("%Y%m%d_%H%M%S", time.localtime(now)) + f"_{int(now % 1 * 1000):03d}.npz"
+        self.path = folder / "media/recordings" / name
         self.video, self.steps = Video(str(self.path.with_suffix(".mp4")), fps, header=True), []
         print(f"Recording {self.path}", flush=True)
 
@@ -670,15 +683,15 @@ class Recording:
         self.steps.append((before.frame, after.action, after.reward, after.end))
 
     def close(self, keep: bool = True) -> None:
+        self.video.close(keep and len(self.steps) > 0)
         if not keep or not self.steps:
-            if self.video.writer:
-                self.video.writer.release()
-            self.video.path.unlink()
             return
-        self.video.close()
         frames, actions, rewards, ends = (np.array(column) for column in zip(*self.steps, strict=True))
-        columns = {"frames": frames, "actions": actions, "rewards": rewards.astype(np.float32), "ends": ends.astype(np.uint8)}
-        np.savez_compressed(self.path, **columns, **{"return": float(rewards.sum())})
+        columns = {"frames": frames, "actions": actions, "rewards": np.float32(rewards), "ends": np.uint8(ends)}
+        try:
+            np.savez_compressed(self.path, **columns, **{"return": float(rewards.sum())})
+        except OSError as error:
+            raise IrisError(f"can't write {self.path}: {error.strerror}") from error
         print(f"{self.path}: {len(frames)} steps, return {rewards.sum():g}", flush=True)
 
 
@@ -686,82 +699,90 @@ class Recording:
 # The loop
 # ---------------------------------------------------------------------------------------------------------------------
 
-COMMANDS = {"enter": "start anew", ".": "pause", "e": "a step, while paused", "m": "hand over", ",": "record", "q": "quit"}
+COMMANDS = {
+    "enter": "start anew", ".": "pause", "e": "a step, while paused", "m": "hand over", ",": "record", "q": "quit",
+}  # fmt: skip
+STEPPING = {"left", "right", "up", "down"}  # commands of a world after which it should stand still
 
 
-def play(world, controllers: list, screen, names: list[str], args: Args, folder: Path, episodes: int = 0) -> None:
-    """Steps the world with the actions of the controller in charge, the first, and shows it, until `q`, or after
-    args.steps steps or so many episodes (0 is any number). Each controller sees everything, so `m` can hand over."""
-    charge, paused, recording, ended, steps, busy = 0, False, None, 0, 0, 0.0
-    view, fresh = world.reset(), True
-    for controller in controllers:
-        controller.reset()
+def play(
+    world, controllers: list, screen, names: list[str], folder: Path, fps: float, save: bool = False, steps: int = 0,
+    episodes: int = 0,
+) -> None:  # fmt: skip
+    """Shows the world and steps it with the actions of the controller in charge, at first the first one, until `q`, or
+    until so many steps or episodes have been played (0 is any number). All controllers see everything, so that `m` can
+    hand over at any moment. Recordings go to folder/media/recordings; with `save`, each episode, if the answer is yes.
+    """
+    view, is_new, in_charge, paused, recording, asking = world.reset(), True, 0, False, None, False
+    played = ended = 0  # steps and episodes
     started = deadline = time.perf_counter()
+    waited = {False: 0.0, True: 0.0}  # seconds for keys: while playing; while paused
 
-    def ask(question: str) -> bool:
-        """Waits for y or n; who leaves without an answer loses nothing."""
-        while True:
-            screen.show(view.panels, header, question)
-            pressed, _ = screen.read(time.perf_counter() + 0.05)
-            if {"y", "n", "q"} & set(pressed):
-                return "n" not in pressed
+    def read(until: float) -> tuple[list[str], list[str]]:
+        began = time.perf_counter()
+        keys = screen.read(until)
+        waited[paused or asking] += time.perf_counter() - began
+        return keys
 
     try:
         while True:
-            began = time.perf_counter()
-            if fresh:
+            # Look, and show.
+            if is_new:
                 thoughts = [thought for controller in controllers if (thought := controller.look(view))]
-                if args.save and recording is None and not view.end:
-                    recording = Recording(folder, args.fps)
-            action = "-" if view.action is None else names[view.action]
-            header = [
-                f"step {view.step}   action {action}   reward {view.reward:g}   return {view.total:g}   "
-                f"{'over' if view.end else view.label or controllers[charge].name}", *thoughts,
-            ]  # fmt: skip
-            notice = "   ".join(["paused"] * paused + ["recording"] * (recording is not None))
-            screen.show(view.panels, header, notice)
-            busy += time.perf_counter() - began
-            pressed, held = screen.read(deadline)
-            deadline = max(deadline, time.perf_counter()) + 1 / args.fps
-            began, fresh, before = time.perf_counter(), True, view
-            paused ^= "." in pressed
-            charge = (charge + ("m" in pressed)) % len(controllers)
-            if "," in pressed:
-                recording = recording.close() if recording else Recording(folder, args.fps)
-            asked = next((key for key in pressed if key in world.commands), None)
+            if save and recording is None and not view.end:
+                recording = Recording(folder, fps)
+            action = "-" if view.action is None else dict(enumerate(names)).get(view.action, view.action)
+            who = "over" if view.end else view.label or controllers[in_charge].name
+            line = f"step {view.step}   action {action}   reward {view.reward:g}   return {view.total:g}   {who}"
+            header = [line, *thoughts]
+            notices = ["paused"] * paused + ["recording"] * bool(recording) + ["Keep this episode?   y / n"] * asking
+            screen.show(view.panels, header, "   ".join(notices))
+            if (steps and played == steps) or (episodes and ended == episodes):
+                break
+
+            # Read what the person wants.
+            pressed, held = read(deadline)
+            deadline = max(deadline, time.perf_counter()) + 1 / fps
+            is_new = False
             if "q" in pressed:
                 break
-            elif asked:
-                view = world.commands[asked][1]()
+            if asking:
+                if answers := {"y", "n"} & set(pressed):
+                    recording, asking = recording.close(keep="y" in answers), False
+                    view, is_new = world.reset(), True
+                continue
+            paused ^= "." in pressed
+            in_charge = (in_charge + ("m" in pressed)) % len(controllers)
+            if "," in pressed and not save:
+                recording = recording.close() if recording else Recording(folder, fps)
+
+            # Act.
+            if asked := [key for key in pressed if key in world.commands]:
+                view, is_new = world.commands[asked[0]][1](), True
+                paused |= asked[0] in STEPPING
             elif "enter" in pressed or (view.end and not paused):
-                if args.save and recording:
-                    recording = recording.close(ask("Keep this episode?   y / n"))
-                view = world.reset()
+                asking = save and bool(recording.steps)
+                if not asking:
+                    view, is_new = world.reset(), True
             elif not view.end and (not paused or "e" in pressed):
-                view = world.step(controllers[charge].choose(held))
-                steps += 1
+                before, view, is_new = view, world.step(controllers[in_charge].choose(held)), True
+                played += 1
                 if recording:
                     recording.add(before, view, header)
                 if view.end:
                     ended += 1
                     print(f"Episode {ended}: {view.step} steps, return {view.total:g}", flush=True)
-            else:
-                fresh = False  # nothing new to see
-            if view.step == 0 and fresh:
-                for controller in controllers:
-                    controller.reset()
-            busy += time.perf_counter() - began
-            if (episodes and ended == episodes and view.end) or (args.steps and steps == args.steps):
-                screen.show(view.panels, header, "")
-                break
     finally:  # also when stopped with Ctrl-C: what was recorded is kept
+        seconds = time.perf_counter() - started
         if recording:
             recording.close()
-        rate = steps / (time.perf_counter() - started)
         screen.close()
-        if steps:
-            seconds = busy / steps
-            print(f"{steps} steps, {rate:.1f} a second; a step takes {1000 * seconds:.0f} ms, so {1 / seconds:.0f} would do")
+        if played:
+            computed = (seconds - sum(waited.values())) / played
+            print(
+                f"{played} steps, {played / (seconds - waited[True]):.1f} a second of {fps:g} asked for; a step takes "
+                f"{1000 * computed:.0f} ms, which would do for {1 / computed:.0f} a second"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -784,23 +805,24 @@ def evaluate(agent: Agent, train_args: iris_train.Args, args: Args, device: torc
     games = play_test_episodes(agent, settings, device, args.seed, keep=0)
     seconds, returns = time.perf_counter() - began, np.array([game["return"] for game in games])
     spread = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else None
-    published, score = iris_train.published_scores(train_args.env_id), iris_train.human_normalised(train_args.env_id, returns.mean())
-    result = {
-        "env_id": train_args.env_id, "checkpoint": str(checkpoint), "episodes": args.evaluate,
-        "temperature": args.temperature if args.temperature < float("inf") else "inf", "seed": args.seed, "mean": returns.mean(), "standard_error": spread,
-        "median": np.median(returns), "min": returns.min(), "max": returns.max(), "human_normalised": score,
-        "paper": published.get("iris"), "returns": returns.tolist(),
+    published = iris_train.published_scores(train_args.env_id)
+    score = iris_train.human_normalised(train_args.env_id, returns.mean())
+    statistics = {
+        "mean": returns.mean(), "standard_error": spread, "median": np.median(returns), "min": returns.min(),
+        "max": returns.max(), "human_normalised": score, "paper": published.get("iris"),
     }  # fmt: skip
+    statistics = {name: None if value is None else float(value) for name, value in statistics.items()}
     steps = sum(game["length"] for game in games)
     print(f"{train_args.env_id}: {len(games)} test episodes, {steps} steps, in {iris_train.duration(seconds)}")
-    for name in ("mean", "standard_error", "median", "min", "max"):
-        if result[name] is not None:
-            print(f"  {name.replace('_', ' '):15}{result[name]:10.2f}")
-    if score is not None:
-        print(f"  human-normalised{score:9.3f}   (0 is a random player's {published['random']}, 1 a human's {published['human']})")
-        print(f"  the paper's    {published['iris']:10.2f}   (mean of five agents)")
+    for name, value in statistics.items():
+        if value is not None:
+            print(f"  {name.replace('_', ' '):17}{value:9.2f}")
+    if published:
+        print(f"  (Human-normalised: 0 is a random player's {published['random']}, 1 a human's {published['human']}.)")
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2, default=float) + "\n")
+        how = {"temperature": str(args.temperature), "seed": args.seed, "returns": returns.tolist()}
+        what = {"env_id": train_args.env_id, "checkpoint": str(checkpoint), "episodes": len(games)}
+        Path(args.json).write_text(json.dumps(what | statistics | how, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -818,7 +840,7 @@ def main(args: Args) -> None:
     agent.to(device)
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    bf16 = has_bf16(device) if args.precision == "auto" else args.precision == "bf16"
+    bf16 = has_bf16(device) if train_args.precision == "auto" else train_args.precision == "bf16"
     env = make_env(train_args.env_id, train_args.test_noop_max, train_args.test_max_frames)
     if env.action_space.n != agent.world_model.num_actions:
         raise IrisError(
@@ -828,32 +850,37 @@ def main(args: Args) -> None:
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if args.evaluate:
             return evaluate(agent, train_args, args, device, checkpoint)
+        # A published checkpoint lies in a cache, where nobody would look for recordings.
+        folder = checkpoint.parent if (checkpoint.parent / "args.json").exists() else Path()
         names = action_names(env)
         person, player = Person(names), AgentPlayer(agent, names, args.temperature)
-        world = Game(agent, env, device, args.seed, args.reconstruction)
-        controllers = [person, player] if args.human else [player, person]
-        if args.world_model:
-            world = DreamedGame(agent, world)
-            controllers = [player, person] if args.agent or args.video else [person, player]
-        elif args.episodes:
-            world, controllers = RecordedEpisodes(agent, checkpoint.parent, device, args.reconstruction), [player]
-        commands = {key: text for key, text in COMMANDS.items() if key != "m" or len(controllers) > 1}
+        if args.episodes:
+            world, controllers = RecordedEpisodes(agent, folder, device, args.reconstruction), [player]
+        else:
+            world = Game(agent, env, device, args.seed, args.reconstruction)
+            world = DreamedGame(agent, world) if args.world_model else world
+            you_play = args.human or (args.world_model and not args.agent and not args.video)
+            controllers = [person, player] if you_play else [player, person]
+        without = ["m"] * (len(controllers) == 1) + [","] * args.save
+        commands = {key: text for key, text in COMMANDS.items() if key not in without}
         commands |= {key: text for key, (text, _) in world.commands.items()}
         commands |= {"y": "keep it", "n": "don't keep it"} if args.save else {}
+        keys = list(dict.fromkeys([*MEANINGS, *commands]))
         help_text = "" if args.episodes else f"Actions: {person.help}"
         title = f"IRIS: {train_args.env_id}{', the dream' if args.world_model else ''}"
-        episodes = 1 if args.video and not args.steps else 0
+        steps, episodes = args.steps, 0
         if args.video:
-            if args.world_model and not args.steps:
-                args = replace(args, steps=1000)
+            episodes = 0 if steps else 1
+            steps = steps or (1000 if args.world_model or Path(args.video).suffix != ".mp4" else 0)
             screen = Video(args.video, args.fps, args.header)
         else:
             print(f"{title} ({checkpoint})", help_text, sep="\n")
             print("Commands: " + "   ".join(f"{key}: {text}" for key, text in commands.items()), flush=True)
-            screen = Page(args.host, args.port, title, commands, help_text) if args.web else Window(title, args.header)
-        # A published checkpoint lies in a cache, where nobody would look for recordings.
-        folder = checkpoint.parent if (checkpoint.parent / "args.json").exists() else Path()
-        play(world, controllers, screen, names, args, folder, episodes)
+            screen = (
+                Page(args.host, args.port, title, keys, commands, help_text) if args.web
+                else Window(title, keys, args.header)
+            )  # fmt: skip
+        play(world, controllers, screen, names, folder, args.fps, args.save, steps, episodes)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""How long does a dream stay with the real game? Measures what `iris_world_model.Dream` keeps when its stream is full.
+
+    python tests/coherence.py --run-dir runs/...
+
+The agent plays real games. Dreams begin with the first frames of their segments and are given the same actions; each
+of their frames is held against the real one. Done twice on the same segments: once the project's way, which refills a
+full stream with the more recent half of its blocks, and once the published way, which flushes it to the last frame.
+The error is that of the pixels that move, those that differ from the median frame by over 0.1 in either picture: a
+dream whose ball is elsewhere is wrong at both places.
+"""
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from iris_tokenizer import IrisError, to_model
+from iris_train import checkpoint_path, load_agent, play_test_episodes
+from iris_world_model import Dream
+
+
+@dataclass
+class Args:
+    run_dir: str  # Folder of a run, or a checkpoint
+    segments: int = 64  # Segments of real games
+    steps: int = 60  # Dreamed steps of each
+    given: int = 4  # Real frames that a dream begins with, so that it knows how things move
+    games: int = 16  # Games that are played for them
+    temperature: float = 1.0  # Of the policy that plays
+    seed: int = 1
+    json: str = ""  # File to keep the figures in
+
+
+@torch.no_grad()
+def measure(args: Args) -> dict:
+    torch.manual_seed(args.seed)
+    agent, train_args = load_agent(checkpoint_path(args.run_dir))
+    settings = replace(train_args, test_episodes=args.games, test_envs=args.games, test_temperature=args.temperature)
+    games = play_test_episodes(agent, settings, torch.device("cpu"), args.seed)
+    length, rng = args.given + args.steps, np.random.default_rng(args.seed)
+    long_enough = [game for game in games if len(game["frames"]) > length]
+    if not long_enough:
+        raise IrisError(f"no game lasted {length} steps: measure fewer --steps")
+    frames, actions = [], []
+    for number in range(args.segments):
+        game = long_enough[number % len(long_enough)]
+        start = int(rng.integers(len(game["frames"]) - length))
+        frames.append(to_model(torch.from_numpy(game["frames"][start : start + length])))
+        actions.append(torch.from_numpy(game["actions"][start : start + length]))
+    frames, actions = torch.stack(frames), torch.stack(actions)  # (N, L, 3, 64, 64), (N, L)
+    everything = np.concatenate([game["frames"] for game in games])
+    median = to_model(torch.from_numpy(np.median(everything[:: 1 + len(everything) // 1000], axis=0).astype(np.uint8)))
+
+    def error(pictures: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """(N, 3, 64, 64) twice -> mean absolute error of the pixels that move, (N,)"""
+        moves = ((pictures - median).abs().amax(1) > 0.1) | ((real - median).abs().amax(1) > 0.1)  # (N, 64, 64)
+        difference = (pictures - real).abs().mean(1) * moves
+        return difference.sum((1, 2)) / moves.sum((1, 2)).clamp(min=1)
+
+    tokens = torch.stack([agent.tokenizer.encode(segment) for segment in frames])  # (N, L, K)
+    dream, vocabulary = Dream(agent.tokenizer, agent.world_model), agent.world_model.vocab_size
+    ways = {"refill": dream.kept_blocks, "flush": 1}
+    errors = {"reconstruction": torch.stack(
+        [error(agent.tokenizer.decode(tokens[:, t]), frames[:, t]) for t in range(args.given, length)], dim=1
+    )}  # fmt: skip
+    for way, dream.kept_blocks in ways.items():
+        torch.manual_seed(args.seed)
+        dream.reset_from_tokens(tokens[:, args.given - 1])
+        past = torch.cat([tokens, actions[..., None] + vocabulary], dim=2)[:, : args.given - 1]  # real steps so far
+        dream.stream = torch.cat([past.flatten(1), tokens[:, args.given - 1]], dim=1)
+        dreamed = [dream.step(actions[:, t - 1])[0] for t in range(args.given, length)]
+        each = [error(picture, frames[:, t]) for t, picture in enumerate(dreamed, args.given)]
+        errors[way] = torch.stack(each, dim=1)
+
+    # A dream is lost where its error has gone two thirds of the way from a reconstruction's to the worst that is seen.
+    good, worst = errors["reconstruction"].mean(), errors["flush"][:, args.steps // 2 :].mean()
+    limit = good + (worst - good) * 2 / 3
+    result = {"blocks": agent.world_model.config.max_blocks, "limit": limit.item()}
+    for way, values in errors.items():
+        lost = torch.cat([values > limit, torch.ones(len(values), 1, dtype=torch.bool)], dim=1).float().argmax(dim=1)
+        result[way] = {"errors": values.mean(0).tolist(), "steps_until_lost": lost.float().tolist()}
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        args = tyro.cli(Args)
+        result = measure(args)
+    except IrisError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{args.segments} segments of {args.steps} steps; the world model holds {result['blocks']} blocks")
+    shown = [step for step in (1, 5, 10, 15, 20, 30, 40, 50, 60, 80, 100) if step <= args.steps]
+    print("| error of what moves, after steps | " + " | ".join(map(str, shown)) + " | steps until lost |")
+    print("| --- " * (len(shown) + 2) + "|")
+    for way in ("reconstruction", "refill", "flush"):
+        values, lost = result[way]["errors"], np.array(result[way]["steps_until_lost"])
+        spread = f"{lost.mean():.1f} ± {lost.std(ddof=1) / len(lost) ** 0.5:.1f}"
+        print(f"| {way} | " + " | ".join(f"{values[step - 1]:.3f}" for step in shown) + f" | {spread} |")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result) + "\n")
