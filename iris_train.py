@@ -135,35 +135,36 @@ class Args:
 
 PRESETS = {
     "paper": Args(),
-    # Two CPU cores, one to two hours. Pixels are what costs, so nothing but a few convolutions works at full size.
+    # Two CPU cores, about two hours. Pixels are what costs, so nothing but a few convolutions works at full size.
     "laptop": Args(
         preset="laptop",
-        epochs=60, collect_epochs=50, collect_steps=200, max_frames=10_000, test_max_frames=10_000,
-        tokenizer_from=6, tokenizer_steps=200, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
-        world_model_from=16, world_model_steps=100, world_model_batch_size=16, world_model_learning_rate=5e-4,
-        actor_critic_from=21, actor_critic_steps=50, actor_critic_batch_size=32, actor_critic_learning_rate=5e-4,
-        horizon=10, burn_in=5, entropy_weight=0.005, eval_every=10, test_episodes=8,
+        epochs=60, collect_epochs=50, collect_steps=400, max_frames=10_000, test_max_frames=10_000,
+        tokenizer_from=3, tokenizer_steps=200, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
+        world_model_from=8, world_model_steps=100, world_model_batch_size=32, world_model_learning_rate=1e-3,
+        actor_critic_from=14, actor_critic_steps=40, actor_critic_batch_size=64, actor_critic_learning_rate=5e-4,
+        horizon=10, burn_in=5, entropy_weight=0.003, gamma=0.99, behind_ends=False,
+        eval_every=10, test_episodes=8,
         tokenizer=TokenizerConfig(
-            code_dim=64, channels=(16, 32, 64, 64, 64), blocks=(0, 0, 1, 1, 1), attention_at=(8,),
-            standardize=True,
+            vocab_size=256, code_dim=64, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 1, 1), attention_at=(8,),
+            standardize=True, pixel_commitment_weight=0.25,
         ),
-        world_model=WorldModelConfig(max_blocks=10, layers=3, width=128),
+        world_model=WorldModelConfig(max_blocks=10, layers=3, width=128, dropout=0.0),
         actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=256),
     ),
-    # The whole algorithm on tests/catch.py, in a quarter of an hour on two CPU cores.
+    # The whole algorithm on tests/catch.py, in ten minutes on two CPU cores.
     "catch": Args(
         preset="catch", env_id="tests.catch:Catch-v0",
-        epochs=32, collect_epochs=32, collect_steps=200, max_frames=10_000,
+        epochs=28, collect_epochs=28, collect_steps=200, max_frames=10_000,
         tokenizer_from=3, tokenizer_steps=100, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
-        world_model_from=9, world_model_steps=100, world_model_batch_size=32, world_model_learning_rate=1e-3,
-        actor_critic_from=15, actor_critic_steps=50, actor_critic_batch_size=64, actor_critic_learning_rate=1e-3,
-        horizon=8, burn_in=6, entropy_weight=0.02, behind_ends=False, gamma=0.99,
+        world_model_from=9, world_model_steps=200, world_model_batch_size=32, world_model_learning_rate=1e-3,
+        actor_critic_from=13, actor_critic_steps=50, actor_critic_batch_size=64, actor_critic_learning_rate=1e-3,
+        horizon=8, burn_in=2, entropy_weight=0.02, behind_ends=False, gamma=0.99,
         eval_every=5, test_episodes=40, test_envs=40,
         tokenizer=TokenizerConfig(
             vocab_size=64, code_dim=32, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 0, 1), attention_at=(),
             standardize=True,
         ),
-        world_model=WorldModelConfig(max_blocks=8, layers=3, width=128, dropout=0.0),
+        world_model=WorldModelConfig(max_blocks=4, layers=2, width=128, dropout=0.0),
         actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=128),
     ),
 }  # fmt: skip
