@@ -29,7 +29,6 @@ import socket
 import sys
 import threading
 import time
-import zipfile
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -96,7 +95,8 @@ def check(args: Args) -> None:
     for names in (
         ("checkpoint", "run_dir", "pretrained"), ("human", "world_model", "episodes", "evaluate"), ("web", "video"),
         ("human", "agent"), ("human", "video"), ("episodes", "save"), ("video", "save"),
-        ("reconstruction", "world_model"), *(("evaluate", x) for x in ("web", "video", "save", "reconstruction")),
+        ("reconstruction", "world_model"), ("evaluate", "web"), ("evaluate", "video"), ("evaluate", "save"),
+        ("evaluate", "steps"), ("evaluate", "reconstruction"),
     ):  # fmt: skip
         if len(both := [name for name in names if name in given]) > 1:
             raise IrisError(f"{flags(both)} don't go together: leave one out")
@@ -104,13 +104,15 @@ def check(args: Args) -> None:
         if name in given and needed not in given:
             raise IrisError(f"{flags([name])} needs {flags([needed])}")
     for name, valid in (
-        ("fps", 0 < args.fps <= 1000), ("temperature", args.temperature >= 0), ("evaluate", args.evaluate >= 0),
+        ("fps", 0.5 <= args.fps <= 1000), ("temperature", args.temperature >= 0), ("evaluate", args.evaluate >= 0),
         ("steps", args.steps >= 0), ("seed", 0 <= args.seed < 2**31), ("port", 0 <= args.port < 2**16),
     ):  # fmt: skip
         if not valid:
             raise IrisError(f"--{name} {getattr(args, name)} is out of range")
     if args.video and Path(args.video).suffix not in (".mp4", ".gif", ".webp"):
         raise IrisError(f"--video {args.video}: its name has to end in .mp4, .gif or .webp")
+    if args.video.endswith((".gif", ".webp")) and (args.steps > 1000 or args.fps > 50):
+        raise IrisError("a .gif or .webp has at most 1,000 steps, and 50 a second: write an .mp4")
 
 
 def find_checkpoint(args: Args) -> Path:
@@ -216,8 +218,7 @@ class RecordedEpisodes:
 
     def __init__(self, agent: Agent, folder: Path, device: torch.device, two_panels: bool):
         places = [folder / "media/episodes" / name for name in ("test", "train", "imagination")]
-        places.append(folder / "media/recordings")
-        self.folders = [found for place in places if (found := sorted(place.glob("*.npz")))]
+        self.folders = [place for place in (*places, folder / "media/recordings") if any(place.glob("*.npz"))]
         if not self.folders:
             raise IrisError(
                 f"there are no recorded episodes in {folder.resolve()}/media: evaluations record some, and `,` while "
@@ -227,7 +228,7 @@ class RecordedEpisodes:
         self.folder, self.episode = 0, 0
         self.commands = {
             "n": ("next episode", lambda: self.open(self.folder, self.episode + 1)),
-            "p": ("previous episode", lambda: self.open(self.folder, self.episode - 1)),
+            "p": ("previous episode", lambda: self.open(self.folder, self.episode - 1, way=-1)),
             "f": ("next folder", lambda: self.open(self.folder + 1, 0)),
             "right": ("a step on", lambda: self.at(self.place + 1)),
             "left": ("a step back", lambda: self.at(self.place - 1)),
@@ -239,26 +240,32 @@ class RecordedEpisodes:
     def reset(self) -> View:
         return self.open(self.folder, self.episode)
 
-    def open(self, folder: int, episode: int) -> View:
+    def open(self, folder: int, episode: int, way: int = 1) -> View:
+        """An episode by number, counted around. One that can't be read is passed over."""
         self.folder = folder % len(self.folders)
-        self.episode = episode % len(self.folders[self.folder])
-        path = self.folders[self.folder][self.episode]
-        try:
-            with np.load(path) as file:
-                self.frames, self.actions, self.rewards = (file[name] for name in ("frames", "actions", "rewards"))
-            if self.frames.shape[1:] != (64, 64, 3) or not len(self.frames) == len(self.actions) == len(self.rewards):
-                raise ValueError
-        except (OSError, ValueError, EOFError, KeyError, IndexError, zipfile.BadZipFile) as error:
-            raise IrisError(f"{path} is no readable episode: move it away") from error
-        self.label = f"{path.parent.name}/{path.stem}, {len(self.frames)} steps"
-        return self.at(0)
+        paths = sorted(self.folders[self.folder].glob("*.npz"))  # anew each time: training adds and deletes some
+        for attempt in range(len(paths)):
+            self.episode = (episode + way * attempt) % len(paths)
+            path = paths[self.episode]
+            try:
+                with np.load(path) as file:
+                    self.frames, self.actions = np.uint8(file["frames"]), np.int64(file["actions"])
+                    self.rewards = np.float64(file["rewards"])
+                lengths = {len(self.frames), len(self.actions), len(self.rewards)}
+                if len(lengths) > 1 or self.frames[:1].shape != (1, 64, 64, 3):
+                    raise ValueError("not columns of an episode")
+                self.label = f"{path.parent.name}/{path.stem}, {len(self.frames)} steps"
+                return self.at(0)
+            except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for a damaged file
+                print(f"passed over {path}: {error}", file=sys.stderr)
+        raise IrisError(f"{self.folders[self.folder]} has no episode that can be read")
 
     def at(self, place: int) -> View:
         """The episode after `place` steps. Behind its last step there is no frame: the last one stays."""
         self.place = min(max(place, 0), len(self.frames))
         frame = self.frames[min(self.place, len(self.frames) - 1)]
         seen, panels = to_model(torch.from_numpy(frame)[None].to(self.device)), [frame]
-        if self.folders[self.folder][0].parent.name != "imagination":  # dreams are reconstructions already
+        if self.folders[self.folder].name != "imagination":  # dreams are reconstructions already
             seen = self.agent.tokenizer.reconstruct(seen)
             panels += [to_stored(seen)[0].cpu().numpy()] if self.two_panels else []
         view = View(panels, frame, seen, self.place, float(self.rewards[: self.place].sum()), label=self.label)
@@ -462,14 +469,14 @@ class Video:
     def show(self, panels: list[np.ndarray], header: list[str], notice: str) -> None:
         picture = paint(panels, header if self.header else [])
         picture = np.pad(picture, ((0, picture.shape[0] % 2), (0, picture.shape[1] % 2), (0, 0)))[..., ::-1]  # codecs
-        self.count += 1
+        picture, self.count = np.ascontiguousarray(picture), self.count + 1
         if self.path.suffix != ".mp4":
-            self.pictures.append(np.ascontiguousarray(picture))
+            self.pictures.append(picture)
             return
         if self.writer is None:
             code = cv2.VideoWriter_fourcc(*"mp4v")
-            self.writer = cv2.VideoWriter(str(self.path), code, self.fps, picture.shape[1::-1])
-        self.writer.write(np.ascontiguousarray(picture))
+            self.writer = cv2.VideoWriter(str(self.path), code, round(self.fps, 2), picture.shape[1::-1])
+        self.writer.write(picture)
 
     def read(self, deadline: float) -> tuple[list[str], list[str]]:
         return [], []
@@ -478,14 +485,16 @@ class Video:
         if self.writer:
             self.writer.release()
         if not keep:
-            return self.path.unlink()
+            return self.path.unlink(missing_ok=True)
         if self.pictures:
+            unit = 10 if self.path.suffix == ".gif" else 1  # a GIF counts time in hundredths of a second
+            ends = np.round(np.arange(self.count + 1) * 1000 / self.fps / unit) * unit
             animation = cv2.Animation()
-            animation.frames = self.pictures
-            animation.durations = np.full(len(self.pictures), round(1000 / self.fps), np.int32)
+            animation.frames, animation.durations = self.pictures, np.diff(ends).astype(np.int32)
             cv2.imwriteanimation(str(self.path), animation)
-        if self.count == 0 or self.path.stat().st_size == 0:
-            raise IrisError(f"nothing could be written to {self.path}: is the disk full?")
+        whole = cv2.VideoCapture(str(self.path)).isOpened() if self.writer else self.path.stat().st_size > 0
+        if not whole:
+            raise IrisError(f"{self.path} could not be written whole: is the disk full?")
         print(f"{self.path}: {self.count} frames, {self.path.stat().st_size / 1e6:.2f} MB", flush=True)
 
 
@@ -536,20 +545,27 @@ PAGE = """<!doctype html><meta charset=utf-8><meta name=viewport content="width=
    button.onclick = () => { send([key]); button.blur(); };
    element("commands").append(button);
  }
- const stream = new EventSource("/stream");
- stream.onmessage = (event) => {
-   const message = JSON.parse(event.data);
-   element("notice").textContent = message.notice;
-   if (message.over) return stream.close();
-   element("picture").src = message.picture;
-   element("header").textContent = message.header.join("\\n");
- };
- stream.onerror = () => { element("notice").textContent = "No connection; trying again."; };
+ (async () => {
+   // The next picture is asked for when the last one is there: over a slow line some are left out, none comes late.
+   for (let number = 0, over = false; !over;) {
+     try {
+       const message = await (await fetch("/picture?after=" + number)).json();
+       ({number, over} = message);
+       element("notice").textContent = message.notice;
+       if (over) break;
+       element("picture").src = message.picture;
+       element("header").textContent = message.header.join("\\n");
+     } catch {
+       element("notice").textContent = "No connection; trying again.";
+       await new Promise((wake) => setTimeout(wake, 1000));
+     }
+   }
+ })();
 </script>"""
 
 
 class Page:
-    """A page in the browser. Pictures go out as server-sent events; each press and each release comes in as a request.
+    """A page in the browser. It asks for picture after picture, and tells of each press and each release of a key.
 
     Any site that you visit may send requests to 127.0.0.1, so what comes from another origin is refused.
     """
@@ -557,22 +573,27 @@ class Page:
     HELD_FOR = 1.5  # seconds after a tab's last message: the line may have broken, or the tab been closed
 
     def __init__(self, host: str, port: int, title: str, names: list[str], commands: dict[str, str], help_text: str):
-        self.changed, self.message, self.number, self.over = threading.Condition(), b"", 0, False
+        self.changed, self.message, self.number = threading.Condition(), {}, 0
         self.tabs: dict[str, tuple[int, float, list[str]]] = {}  # number and time of its latest message, keys held
         self.names, self.pressed = names, []
         parts = {"title": title, "help": help_text, "names": json.dumps(names), "commands": json.dumps(commands)}
         self.page = re.sub(r"\$(\w+)", lambda match: parts[match[1]], PAGE).encode()
-        page = self
+        page, own_names = self, ("localhost", host, socket.gethostname())
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # one connection for many requests
+
             def log_message(self, *arguments) -> None:
                 pass
 
             def answer(self, status: int, content: bytes = b"", kind: str = "text/plain") -> None:
                 self.send_response(status)
                 self.send_header("Content-Type", f"{kind}; charset=utf-8")
+                self.send_header("Content-Length", str(len(content)))
                 self.send_header("Cache-Control", "no-store")
                 self.send_header("X-Frame-Options", "DENY")
+                if status >= 400:
+                    self.send_header("Connection", "close")  # its body has not been read
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -580,8 +601,7 @@ class Page:
                 """Whether another site sent this, be it under a name of its own that leads here (DNS rebinding)."""
                 address = self.headers.get("Host", "")
                 name = re.sub(r":\d+$", "", address).strip("[]")
-                own = ("localhost", host, socket.gethostname(), socket.getfqdn())
-                if name not in own and not re.fullmatch(r"[0-9.]+|[0-9a-f]*:[0-9a-f:]+", name):
+                if name not in own_names and not re.fullmatch(r"[0-9.]+|[0-9a-f]*:[0-9a-f:]+", name):
                     return True
                 if self.headers.get("Origin") not in (None, f"http://{address}"):
                     return True
@@ -593,9 +613,8 @@ class Page:
                     self.answer(403, b"This page answers requests of its own only.")
                 elif self.path == "/":
                     self.answer(200, page.page, "text/html")
-                elif self.path == "/stream":
-                    self.answer(200, kind="text/event-stream")
-                    page.stream(self.wfile.write)
+                elif found := re.fullmatch(r"/picture\?after=(\d{1,12})", self.path):
+                    self.answer(200, page.newer_than(int(found[1])), "application/json")
                 else:
                     self.answer(404, b"Nothing here.")
 
@@ -613,22 +632,19 @@ class Page:
 
         try:
             self.server = ThreadingHTTPServer((host, port), Handler)
-        except (OSError, OverflowError) as error:
-            raise IrisError(f"can't serve at {host}:{port} ({error}): choose another --port") from error
+        except (OSError, OverflowError, TypeError) as error:
+            raise IrisError(f"can't serve at {host}:{port} ({error}): choose another --port, or --host") from error
         self.server.handle_error = lambda *_: None  # a browser that hangs up in mid-answer is no news
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         port = self.server.server_port
-        tunnel = f"ssh -L {port}:127.0.0.1:{port} THIS_MACHINE"
-        print(f"Open http://{host}:{port} in a browser; from another machine behind {tunnel}", flush=True)
+        tunnel, shown = f"ssh -L {port}:127.0.0.1:{port} THIS_MACHINE", {"0.0.0.0": socket.gethostname()}.get(host, host)
+        print(f"Open http://{shown}:{port} in a browser; from another machine behind {tunnel}", flush=True)
 
-    def stream(self, write: Callable[[bytes], int]) -> None:
-        """Sends a browser tab the newest picture whenever there is one, and leaves out what it is too slow for."""
-        sent = over = 0
-        while not over:
-            with self.changed:
-                self.changed.wait_for(lambda: self.number != sent, timeout=1.0)
-                news, sent, message, over = self.number != sent, self.number, self.message, self.over
-            write(b"data: %s\n\n" % message if news else b": nothing new\n\n")  # which fails where the tab is closed
+    def newer_than(self, number: int) -> bytes:
+        """The newest picture, as soon as there is one that the browser has not seen; after a second the old one."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.number and self.number != number, timeout=1.0)
+            return json.dumps(self.message).encode()
 
     def receive(self, message: dict) -> None:
         tab, count, held = str(message["tab"])[:20], int(message["count"]), message["held"]
@@ -644,7 +660,8 @@ class Page:
 
     def publish(self, message: dict) -> None:
         with self.changed:
-            self.message, self.number, self.over = json.dumps(message).encode(), self.number + 1, "over" in message
+            self.number += 1
+            self.message = {"number": self.number, "over": False, **message}
             self.changed.notify_all()
 
     def read(self, deadline: float) -> tuple[list[str], list[str]]:
@@ -682,17 +699,27 @@ class Recording:
         self.video.show(before.panels, header, "")
         self.steps.append((before.frame, after.action, after.reward, after.end))
 
+    def cut(self) -> None:
+        """What comes next does not follow from what was."""
+        if self.steps:
+            self.steps[-1] = *self.steps[-1][:3], True
+
     def close(self, keep: bool = True) -> None:
-        self.video.close(keep and len(self.steps) > 0)
-        if not keep or not self.steps:
-            return
-        frames, actions, rewards, ends = (np.array(column) for column in zip(*self.steps, strict=True))
-        columns = {"frames": frames, "actions": actions, "rewards": np.float32(rewards), "ends": np.uint8(ends)}
-        try:
-            np.savez_compressed(self.path, **columns, **{"return": float(rewards.sum())})
-        except OSError as error:
-            raise IrisError(f"can't write {self.path}: {error.strerror}") from error
-        print(f"{self.path}: {len(frames)} steps, return {rewards.sum():g}", flush=True)
+        keep = keep and len(self.steps) > 0
+        if keep:
+            frames, actions, rewards, ends = (np.array(column) for column in zip(*self.steps, strict=True))
+            columns = {"frames": frames, "actions": actions, "rewards": np.float32(rewards), "ends": np.uint8(ends)}
+            partial = self.path.with_suffix(".tmp")
+            try:
+                with open(partial, "wb") as file:
+                    np.savez_compressed(file, **columns, **{"return": float(rewards.sum())})
+                partial.replace(self.path)
+            except OSError as error:
+                partial.unlink(missing_ok=True)
+                raise IrisError(f"can't write {self.path}: {error.strerror}") from error
+        self.video.close(keep)
+        if keep:
+            print(f"{self.path}: {len(frames)} steps, return {rewards.sum():g}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -714,18 +741,11 @@ def play(
     hand over at any moment. Recordings go to folder/media/recordings; with `save`, each episode, if the answer is yes.
     """
     view, is_new, in_charge, paused, recording, asking = world.reset(), True, 0, False, None, False
-    played = ended = 0  # steps and episodes
-    started = deadline = time.perf_counter()
-    waited = {False: 0.0, True: 0.0}  # seconds for keys: while playing; while paused
-
-    def read(until: float) -> tuple[list[str], list[str]]:
-        began = time.perf_counter()
-        keys = screen.read(until)
-        waited[paused or asking] += time.perf_counter() - began
-        return keys
-
+    played, ended, playing, computing = 0, 0, 0.0, 0.0  # steps, episodes, and the seconds that the steps took
+    deadline, trouble = time.perf_counter(), ""
     try:
         while True:
+            began, stepped = time.perf_counter(), False
             # Look, and show.
             if is_new:
                 thoughts = [thought for controller in controllers if (thought := controller.look(view))]
@@ -736,14 +756,16 @@ def play(
             line = f"step {view.step}   action {action}   reward {view.reward:g}   return {view.total:g}   {who}"
             header = [line, *thoughts]
             notices = ["paused"] * paused + ["recording"] * bool(recording) + ["Keep this episode?   y / n"] * asking
+            notices += [trouble] * bool(trouble)
             screen.show(view.panels, header, "   ".join(notices))
             if (steps and played == steps) or (episodes and ended == episodes):
                 break
 
             # Read what the person wants.
-            pressed, held = read(deadline)
-            deadline = max(deadline, time.perf_counter()) + 1 / fps
-            is_new = False
+            waited = time.perf_counter()
+            pressed, held = screen.read(deadline)
+            waited = time.perf_counter() - waited
+            deadline, is_new = max(deadline, time.perf_counter()) + 1 / fps, False
             if "q" in pressed:
                 break
             if asking:
@@ -754,34 +776,44 @@ def play(
             paused ^= "." in pressed
             in_charge = (in_charge + ("m" in pressed)) % len(controllers)
             if "," in pressed and not save:
-                recording = recording.close() if recording else Recording(folder, fps)
+                try:
+                    old, recording = recording, None
+                    recording = old.close() if old else Recording(folder, fps)
+                    trouble = ""
+                except IrisError as error:  # a game goes on even if the disk is full
+                    trouble = str(error)
 
             # Act.
             if asked := [key for key in pressed if key in world.commands]:
                 view, is_new = world.commands[asked[0]][1](), True
                 paused |= asked[0] in STEPPING
+                if recording:
+                    recording.cut()
             elif "enter" in pressed or (view.end and not paused):
                 asking = save and bool(recording.steps)
                 if not asking:
                     view, is_new = world.reset(), True
+                    if recording:
+                        recording.cut()
             elif not view.end and (not paused or "e" in pressed):
                 before, view, is_new = view, world.step(controllers[in_charge].choose(held)), True
-                played += 1
+                played, stepped = played + 1, True
                 if recording:
                     recording.add(before, view, header)
                 if view.end:
                     ended += 1
                     print(f"Episode {ended}: {view.step} steps, return {view.total:g}", flush=True)
+            if stepped:
+                seconds = time.perf_counter() - began
+                playing, computing = playing + seconds, computing + seconds - waited
     finally:  # also when stopped with Ctrl-C: what was recorded is kept
-        seconds = time.perf_counter() - started
         if recording:
             recording.close()
         screen.close()
         if played:
-            computed = (seconds - sum(waited.values())) / played
             print(
-                f"{played} steps, {played / (seconds - waited[True]):.1f} a second of {fps:g} asked for; a step takes "
-                f"{1000 * computed:.0f} ms, which would do for {1 / computed:.0f} a second"
+                f"{played} steps, {played / playing:.1f} a second of {fps:g} asked for; a step takes "
+                f"{1000 * computing / played:.0f} ms, which would do for {played / computing:.0f} a second"
             )
 
 
@@ -795,7 +827,7 @@ def evaluate(agent: Agent, train_args: iris_train.Args, args: Args, device: torc
     if args.json:
         try:
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).touch()
+            open(args.json, "a").close()
         except OSError as error:
             raise IrisError(f"can't write {args.json}: {error.strerror}") from error
     settings = replace(
@@ -884,11 +916,13 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a cluster's way to say Ctrl-C; a connection that broke
+        if signal.getsignal(number) == signal.SIG_DFL:  # but not under nohup
+            signal.signal(number, signal.default_int_handler)
     try:
         main(tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,)))
     except IrisError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # the latter where its output goes to a program that has ended
         sys.exit(130)

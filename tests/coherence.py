@@ -13,12 +13,13 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from iris_tokenizer import IrisError, to_model
+from iris_tokenizer import IrisError, to_model, to_stored
 from iris_train import checkpoint_path, load_agent, play_test_episodes
 from iris_world_model import Dream
 
@@ -33,6 +34,7 @@ class Args:
     temperature: float = 1.0  # Of the policy that plays
     seed: int = 1
     json: str = ""  # File to keep the figures in
+    animation: str = ""  # A .webp or .gif of four segments: the real game above, the refilled dream below
 
 
 @torch.no_grad()
@@ -73,6 +75,9 @@ def measure(args: Args) -> dict:
         past = torch.cat([tokens, actions[..., None] + vocabulary], dim=2)[:, : args.given - 1]  # real steps so far
         dream.stream = torch.cat([past.flatten(1), tokens[:, args.given - 1]], dim=1)
         dreamed = [dream.step(actions[:, t - 1])[0] for t in range(args.given, length)]
+        if way == "refill" and args.animation:
+            real = to_stored(frames[:4, args.given :])  # (4, steps, 64, 64, 3)
+            animate(real.numpy(), to_stored(torch.stack(dreamed, dim=1)[:4]).numpy(), Path(args.animation))
         each = [error(picture, frames[:, t]) for t, picture in enumerate(dreamed, args.given)]
         errors[way] = torch.stack(each, dim=1)
 
@@ -84,6 +89,18 @@ def measure(args: Args) -> dict:
         lost = torch.cat([values > limit, torch.ones(len(values), 1, dtype=torch.bool)], dim=1).float().argmax(dim=1)
         result[way] = {"errors": values.mean(0).tolist(), "steps_until_lost": lost.float().tolist()}
     return result
+
+
+def animate(above: np.ndarray, below: np.ndarray, path: Path) -> None:
+    """Two rows of episodes (N, steps, 64, 64, 3) uint8 -> an animation, 15 steps a second."""
+    rows = [np.pad(row, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255) for row in (above, below)]
+    steps = np.concatenate([np.concatenate(list(row), axis=2) for row in rows], axis=1)  # (steps, 132, N * 66, 3)
+    animation = cv2.Animation()
+    animation.frames = [np.ascontiguousarray(step.repeat(3, 0).repeat(3, 1)[..., ::-1]) for step in steps]
+    animation.durations = np.full(len(steps), 67, np.int32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwriteanimation(str(path), animation, [cv2.IMWRITE_WEBP_QUALITY, 80]):
+        raise IrisError(f"can't write {path}")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ def play(*arguments, **changes):
     )  # fmt: skip
 
 
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def breakout(tmp_path_factory):
     """The folder of a short run on Breakout, with recorded episodes of all kinds."""
@@ -191,6 +198,28 @@ def test_recorded_episodes_are_walked_by_step_by_ten_by_episode_and_by_folder(br
     assert "test" in press("f").label
 
 
+def test_recorded_episodes_that_cannot_be_read_are_passed_over(breakout, tmp_path, capsys):
+    agent, _ = load_agent(breakout)
+    folder = tmp_path / "media/recordings"
+    folder.mkdir(parents=True)
+    good = sorted((breakout / "media/episodes/test").glob("*.npz"))[0]
+    shutil.copy(good, folder / "b.npz")
+    content = dict(np.load(good))
+    (folder / "a.npz").write_bytes(b"PK")
+    (folder / "c.npz").write_bytes(good.read_bytes()[:3000])
+    np.savez(folder / "d.npz", **content | {"frames": content["frames"][:0]})
+    np.savez(folder / "e.npz", **content | {"actions": np.array(["left"] * len(content["actions"]))})
+    np.save(folder / "f.npy", content["frames"])
+    (folder / "f.npy").rename(folder / "f.npz")
+    world = RecordedEpisodes(agent, tmp_path, torch.device("cpu"), two_panels=False)
+    for view in (world.reset(), world.commands["n"][1](), world.commands["p"][1]()):
+        assert "recordings/b," in view.label
+    assert "passed over" in capsys.readouterr().err
+    (folder / "b.npz").unlink()
+    with pytest.raises(IrisError, match="no episode that can be read"):
+        world.reset()
+
+
 # --- video, recordings, evaluation -----------------------------------------------------------------------------------
 
 
@@ -282,6 +311,26 @@ def test_recording_holds_what_was_played_as_the_game_itself_shows_when_it_is_pla
     while video.read()[0]:
         count += 1
     assert count == 30
+
+
+def test_recording_marks_where_the_player_began_anew_and_survives_a_hangup(breakout, tmp_path, web):
+    scripted(breakout, tmp_path, {1: [","], 10: ["enter"], 20: ["q"]})
+    (path,) = (tmp_path / "media/recordings").glob("*.npz")
+    assert np.flatnonzero(np.load(path)["ends"]).tolist() == [8]  # nine steps, Enter, and then nine more
+    session = web("--run-dir", breakout)
+    keys = {"tab": "t", "count": 1, "pressed": [","], "held": []}
+    assert session.request("POST", "/keys", json.dumps(keys)) == 204
+    wait_until(lambda: '"step 9 ' in session.picture() or '"step 1' in session.picture())
+    session.process.send_signal(signal.SIGHUP)
+    assert session.process.wait(30) == 130
+    assert len(recording(breakout)["frames"]) > 0
+
+
+def test_a_recording_that_cannot_be_kept_does_not_end_the_game(breakout, tmp_path):
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media/recordings").touch()  # in the folder's place
+    screen = scripted(breakout, tmp_path, {2: [","], 5: ["q"]})
+    assert len(screen.shown) == 5 and "can't write" in screen.shown[2][1]
 
 
 def test_pause_step_hand_over_and_start_anew_do_what_they_say(breakout, tmp_path):
@@ -521,6 +570,35 @@ def test_in_a_window_keys_held_together_act_until_they_are_let_go(breakout, disp
     assert runs[1][1] >= 10, runs
 
 
+def test_in_a_window_two_keys_pressed_while_a_step_is_computed_are_both_held(display):
+    script = """if True:
+        import time, iris_play, numpy
+        window = iris_play.Window("IRIS", list(iris_play.MEANINGS), header=False)
+        window.show([numpy.zeros((64, 64, 3), numpy.uint8)], [], "")
+        window.read(time.perf_counter() + 1)
+        print("ready", flush=True)
+        input()  # in place of computing: the window is not looked at
+        print(*sorted(window.read(time.perf_counter() + 0.3)[1]), flush=True)
+        input()
+        print("then", window.read(time.perf_counter() + 0.3)[1], flush=True)
+    """
+    env = environment(DISPLAY=display)
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+
+        def xdotool(*arguments):
+            return subprocess.run(["xdotool", *arguments], env=env, check=True, capture_output=True, text=True).stdout
+
+        xdotool("windowfocus", "--sync", xdotool("search", "--name", "^IRIS").split()[-1])
+        for verb, said in (("keydown", "d space\n"), ("keyup", "then []\n")):
+            for key in ("d", "space"):
+                xdotool(verb, key)
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == said
+
+
 def test_in_a_window_a_person_takes_over_from_the_agent(breakout, display):
     flags = "--reconstruction", "--header", "--fps", 20, "--temperature", "inf"
     session = Session(display, "--run-dir", breakout, *flags)
@@ -585,6 +663,11 @@ class Web:
         assert self.process.returncode == 0, output
         return self.output + output
 
+    def picture(self):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.request("GET", "/picture?after=0")
+        return connection.getresponse().read().decode()
+
     def request(self, method, path, body=None, **headers):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
@@ -598,13 +681,6 @@ def web():
     for session in sessions:
         session.process.kill()
         session.process.wait()
-
-
-def wait_until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.05)
 
 
 def element(browser, name, attribute="textContent"):
@@ -693,7 +769,7 @@ def test_page_refuses_other_origins_and_what_is_no_message(counter, web):
         {"Host": here, "Origin": "null"}, {"Host": here, "Sec_Fetch_Site": "cross-site"},
     ):  # fmt: skip
         assert session.request("POST", "/keys", keys, **refused) == 403
-        assert session.request("GET", "/stream", **refused) == 403
+        assert session.request("GET", "/picture?after=0", **refused) == 403
     for body in ("", "[]", "{}", "no json", '{"tab": 1, "count": "x", "pressed": [], "held": []}', "x" * 20_000,
                  '{"tab": 1, "count": 1, "pressed": null, "held": []}'):  # fmt: skip
         assert session.request("POST", "/keys", body) == 400

@@ -367,9 +367,8 @@ def test_test_episodes_are_whole_games_with_their_true_returns(run):
     assert sum(seen) == sum(game["length"] for game in played)  # no frame is acted on behind an end
 
 
-def test_of_a_long_test_game_only_the_first_steps_are_kept_but_all_rewards_count(run, monkeypatch):
-    monkeypatch.setattr(iris_train, "KEPT_TEST_STEPS", 2)
-    played = iris_train.play_test_episodes(run.agent, run.args, run.device, seed=0)
+def test_of_a_long_test_game_only_the_first_steps_are_kept_but_all_rewards_count(run):
+    played = iris_train.play_test_episodes(run.agent, run.args, run.device, seed=0, keep=2)
     assert all(len(game["frames"]) == 2 and game["length"] >= 3 for game in played)
 
 

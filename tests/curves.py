@@ -1,0 +1,72 @@
+"""Draws learning curves from the TensorBoard files of runs, and keeps their numbers.
+
+    python tests/curves.py runs/a runs/b ... --png results/catch.png --csv results/catch.csv --random -0.75
+
+Each run is a thin line, the mean over the runs of a game a thick one.
+"""
+import csv
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[list[str]]  # Run folders, of one game each
+    png: str = "curves.png"  # The picture
+    csv: str = ""  # The numbers: game, seed, precision, epoch, environment steps, mean test return
+    random: float | None = None  # Mean return of random play, drawn as a dotted line
+
+
+def read(folder: str) -> dict:
+    """A run -> its game, seed and precision, and (epoch, environment steps, mean test return) of each evaluation."""
+    args = json.loads((Path(folder) / "args.json").read_text())
+    events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
+    played = {event.step: int(event.value) for event in events.Scalars("environment_steps")}
+    points = [(event.step, played[event.step], event.value) for event in events.Scalars("test/return")]
+    return {"game": args["env_id"], "seed": args["seed"], "precision": args["precision"], "points": points}
+
+
+def main(args: Args) -> None:
+    runs, games = [read(folder) for folder in args.runs], defaultdict(list)
+    for run in runs:
+        games[run["game"]].append(run["points"])
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), dpi=120, layout="constrained")
+    for (game, curves), colour in zip(games.items(), plt.rcParams["axes.prop_cycle"].by_key()["color"]):
+        by_step = defaultdict(list)
+        for curve in curves:
+            axes.plot([steps for _, steps, _ in curve], [value for *_, value in curve], color=colour, lw=0.8, alpha=0.5)
+            for _, steps, value in curve:
+                by_step[steps].append(value)
+        whole = sorted(steps for steps, values in by_step.items() if len(values) == len(curves))
+        name = f"{game.split(':')[-1].removesuffix('NoFrameskip-v4')}, mean of {len(curves)}"
+        axes.plot(whole, [np.mean(by_step[steps]) for steps in whole], color=colour, lw=2.5, label=name)
+    if args.random is not None:
+        axes.axhline(args.random, color="grey", ls=":", label="random play")
+    axes.set(xlabel="steps in the real game", ylabel="mean return of test games")
+    axes.legend(frameon=False)
+    for path in filter(None, (args.png, args.csv)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.png)
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["game", "seed", "precision", "epoch", "environment_steps", "mean_return"])
+            for run in runs:
+                writer.writerows([run["game"], run["seed"], run["precision"], *point] for point in run["points"])
+    print(f"{args.png}: {len(runs)} runs")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (OSError, KeyError, ValueError) as error:
+        print(f"error: no run that could be drawn: {error}", file=sys.stderr)
+        sys.exit(2)
