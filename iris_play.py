@@ -637,8 +637,8 @@ class Page:
         self.server.handle_error = lambda *_: None  # a browser that hangs up in mid-answer is no news
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         port = self.server.server_port
-        tunnel, shown = f"ssh -L {port}:127.0.0.1:{port} THIS_MACHINE", {"0.0.0.0": socket.gethostname()}.get(host, host)
-        print(f"Open http://{shown}:{port} in a browser; from another machine behind {tunnel}", flush=True)
+        tunnel, name = f"ssh -L {port}:127.0.0.1:{port} THIS_MACHINE", socket.gethostname()
+        print(f"Open http://{name if host == '0.0.0.0' else host}:{port} in a browser; from another machine behind {tunnel}", flush=True)
 
     def newer_than(self, number: int) -> bytes:
         """The newest picture, as soon as there is one that the browser has not seen; after a second the old one."""
