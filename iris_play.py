@@ -638,7 +638,8 @@ class Page:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         port = self.server.server_port
         tunnel, name = f"ssh -L {port}:127.0.0.1:{port} THIS_MACHINE", socket.gethostname()
-        print(f"Open http://{name if host == '0.0.0.0' else host}:{port} in a browser; from another machine behind {tunnel}", flush=True)
+        shown = name if host == "0.0.0.0" else host
+        print(f"Open http://{shown}:{port} in a browser; from another machine behind {tunnel}", flush=True)
 
     def newer_than(self, number: int) -> bytes:
         """The newest picture, as soon as there is one that the browser has not seen; after a second the old one."""
