@@ -16,6 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -84,7 +85,16 @@ def measure(args: Args) -> dict:
     # A dream is lost where its error has gone two thirds of the way from a reconstruction's to the worst that is seen.
     good, worst = errors["reconstruction"].mean(), errors["flush"][:, args.steps // 2 :].mean()
     limit = good + (worst - good) * 2 / 3
-    result = {"blocks": agent.world_model.config.max_blocks, "limit": limit.item()}
+    result = {"blocks": agent.world_model.config.max_blocks, "limit": limit.item(), "nats": {}}
+    # And without any dreaming: what the world model thinks of the next real frame, given so many real blocks.
+    k = tokens.shape[2]
+    for blocks in (*ways.values(), result["blocks"] - 1):
+        losses = []
+        for stop in range(result["blocks"], length - 1, result["blocks"]):
+            text = torch.cat([tokens, actions[..., None]], dim=2)[:, stop - blocks : stop + 1].flatten(1)[:, :-1]
+            logits = agent.world_model(text).observation_logits[:, -k:]  # the 16th token predicts nothing
+            losses.append(F.cross_entropy(logits.flatten(0, 1), text[:, -k:].flatten()))
+        result["nats"][blocks] = torch.stack(losses).mean().item()
     for way, values in errors.items():
         lost = torch.cat([values > limit, torch.ones(len(values), 1, dtype=torch.bool)], dim=1).float().argmax(dim=1)
         result[way] = {"errors": values.mean(0).tolist(), "steps_until_lost": lost.float().tolist()}
@@ -118,5 +128,8 @@ if __name__ == "__main__":
         values, lost = result[way]["errors"], np.array(result[way]["steps_until_lost"])
         spread = f"{lost.mean():.1f} ± {lost.std(ddof=1) / len(lost) ** 0.5:.1f}"
         print(f"| {way} | " + " | ".join(f"{values[step - 1]:.3f}" for step in shown) + f" | {spread} |")
+    print("nats a token of the next real frame, after so many real blocks: " + ", ".join(
+        f"{blocks}: {nats:.3f}" for blocks, nats in result["nats"].items()
+    ))  # fmt: skip
     if args.json:
         Path(args.json).write_text(json.dumps(result) + "\n")
