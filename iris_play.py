@@ -43,7 +43,9 @@ from torch import Tensor
 import iris_train
 from iris_agent import Agent
 from iris_tokenizer import IrisError, download, to_model, to_stored
-from iris_train import checkpoint_path, choose_device, has_bf16, load_agent, make_env, play_test_episodes
+from iris_train import (
+    checkpoint_path, choose_bf16, choose_device, load_agent, make_env, play_test_episodes, write_episode,
+)  # fmt: skip
 from iris_world_model import Dream, sample
 
 PRETRAINED_URL = "https://huggingface.co/eloialonso/iris/resolve/main/pretrained_models/{}.pt"
@@ -710,13 +712,9 @@ class Recording:
         if keep:
             frames, actions, rewards, ends = (np.array(column) for column in zip(*self.steps, strict=True))
             columns = {"frames": frames, "actions": actions, "rewards": np.float32(rewards), "ends": np.uint8(ends)}
-            partial = self.path.with_suffix(".tmp")
             try:
-                with open(partial, "wb") as file:
-                    np.savez_compressed(file, **columns, **{"return": float(rewards.sum())})
-                partial.replace(self.path)
+                write_episode(self.path, columns | {"return": float(rewards.sum())})
             except OSError as error:
-                partial.unlink(missing_ok=True)
                 raise IrisError(f"can't write {self.path}: {error.strerror}") from error
         self.video.close(keep)
         if keep:
@@ -873,7 +871,7 @@ def main(args: Args) -> None:
     agent.to(device)
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    bf16 = has_bf16(device) if train_args.precision == "auto" else train_args.precision == "bf16"
+    bf16 = choose_bf16(train_args, device)
     env = make_env(train_args.env_id, train_args.test_noop_max, train_args.test_max_frames)
     if env.action_space.n != agent.world_model.num_actions:
         raise IrisError(

@@ -135,7 +135,7 @@ class Args:
 
 PRESETS = {
     "paper": Args(),
-    # Two CPU cores, about two hours. Pixels are what costs, so nothing but a few convolutions works at full size.
+    # Two CPU cores, an hour and a half. Pixels are what costs, so nothing but a few convolutions works at full size.
     "laptop": Args(
         preset="laptop",
         epochs=60, collect_epochs=50, collect_steps=400, max_frames=10_000, test_max_frames=10_000,
@@ -756,26 +756,31 @@ def evaluate(run: Run) -> dict[str, float]:
     return metrics
 
 
+def write_episode(path: Path, content: dict[str, Any]) -> None:
+    """An `.npz` that is there whole or not at all. Raises OSError."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there is one only where writing failed
+
+
 def save_episode(folder: Path, name: str, columns: dict[str, np.ndarray]) -> None:
     """Keeps an episode as `.npz` (frames, actions, rewards, ends, return); of all, the last ten and the best stay."""
     folder.mkdir(parents=True, exist_ok=True)
     total = float(columns.get("return", columns["rewards"].sum()))
     content = {key: columns[key] for key in Replay.COLUMNS} | {"return": total}
 
-    def write(path: Path) -> None:
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **content)
-        temporary.replace(path)
-
-    write(folder / f"{name}.npz")
+    write_episode(folder / f"{name}.npz", content)
     best = folder / "best.npz"
     try:
         beaten = total > float(np.load(best)["return"])
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):  # there is none, or a power cut emptied it
         beaten = True
     if beaten:
-        write(best)
+        write_episode(best, content)
     for old in sorted(path for path in folder.glob("*.npz") if path != best)[:-10]:
         old.unlink()
 
@@ -930,6 +935,11 @@ def has_bf16(device: torch.device) -> bool:
     return any("bf16" in name and there for name, there in capabilities.items())
 
 
+def choose_bf16(args: Args, device: torch.device) -> bool:
+    """Whether --precision comes to bfloat16 on this device."""
+    return has_bf16(device) if args.precision == "auto" else args.precision == "bf16"
+
+
 def keep_freed_memory() -> None:
     """Tells glibc to keep the blocks that it frees. Else it returns large ones to the system at once, which clears
     them page by page for the next batch: on a CPU that takes a third of the tokenizer's training time."""
@@ -966,7 +976,7 @@ def build(args: Args) -> Run:
     compilers = os.environ.get("CXX", ""), os.environ.get("CC", ""), "g++", "clang++", "gcc", "clang"
     if args.compile and not any(map(shutil.which, compilers)):
         raise IrisError("--compile needs a C++ compiler: install g++, or leave it out")
-    bf16 = has_bf16(device) if args.precision == "auto" else args.precision == "bf16"
+    bf16 = choose_bf16(args, device)
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # what stays in float32 is multiplied in tensor cores too
     env = make_env(args.env_id, args.noop_max, args.max_frames, life_loss_ends=True)
     checkpoint = read_checkpoint(checkpoint_path(args.resume)) if args.resume else None

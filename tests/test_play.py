@@ -482,6 +482,16 @@ def display():
     server.wait()
 
 
+def rest_of(process):
+    """What it still prints until it ends, well."""
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    return output
+
+
 class Session:
     """iris_play.py in a window, and xdotool to press keys in it."""
 
@@ -520,13 +530,7 @@ class Session:
 
     def end(self):
         """What it printed until it ended, which `q` has asked it to."""
-        try:
-            output, _ = self.process.communicate(timeout=60)
-        finally:
-            self.process.kill()
-        assert self.process.returncode == 0, output
-        return output
-
+        return rest_of(self.process)
 
     def close_window(self):
         """What a window manager sends when somebody clicks on the cross."""
@@ -656,12 +660,7 @@ class Web:
         raise AssertionError(self.output)
 
     def end(self):
-        try:
-            output, _ = self.process.communicate(timeout=60)
-        finally:
-            self.process.kill()
-        assert self.process.returncode == 0, output
-        return self.output + output
+        return self.output + rest_of(self.process)
 
     def picture(self):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
