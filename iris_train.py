@@ -100,6 +100,9 @@ class Args:
     tokenizer_steps: int = 200  # Its optimiser steps an epoch
     tokenizer_batch_size: int = 256  # Frames in each
     tokenizer_learning_rate: float = 1e-4  # Learning rate of its Adam
+    # Last epoch that trains the tokenizer, its learning rate falling in the second half of its epochs; 0 trains it to
+    # the end at the full rate, as published. A small world model can't follow tokens that keep changing
+    tokenizer_until: int = 0
     world_model_from: int = 26  # First epoch that trains the world model
     world_model_steps: int = 200  # Its optimiser steps an epoch
     world_model_batch_size: int = 64  # Sequences in each, of world_model.max_blocks steps
@@ -139,16 +142,17 @@ PRESETS = {
     "laptop": Args(
         preset="laptop",
         epochs=60, collect_epochs=50, collect_steps=400, max_frames=10_000, test_max_frames=10_000,
-        tokenizer_from=3, tokenizer_steps=200, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
-        world_model_from=8, world_model_steps=100, world_model_batch_size=32, world_model_learning_rate=1e-3,
-        actor_critic_from=14, actor_critic_steps=40, actor_critic_batch_size=64, actor_critic_learning_rate=5e-4,
+        tokenizer_from=3, tokenizer_steps=300, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
+        tokenizer_until=14,
+        world_model_from=13, world_model_steps=300, world_model_batch_size=64, world_model_learning_rate=1e-3,
+        actor_critic_from=18, actor_critic_steps=40, actor_critic_batch_size=64, actor_critic_learning_rate=5e-4,
         horizon=10, burn_in=5, entropy_weight=0.003, gamma=0.99, behind_ends=False,
         eval_every=10, test_episodes=8,
         tokenizer=TokenizerConfig(
-            vocab_size=256, code_dim=64, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 1, 1), attention_at=(8,),
-            standardize=True, pixel_commitment_weight=0.25,
+            vocab_size=256, code_dim=64, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 1, 1), attention_at=(),
+            standardize=True,
         ),
-        world_model=WorldModelConfig(max_blocks=10, layers=3, width=128, dropout=0.0),
+        world_model=WorldModelConfig(max_blocks=4, layers=3, width=128, dropout=0.0),
         actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=256),
     ),
     # The whole algorithm on tests/catch.py, in ten minutes on two CPU cores.
@@ -193,7 +197,7 @@ def parse_args(argv: list[str]) -> Args:
 
 def check(args: Args) -> None:
     """Raises IrisError for a number that no run can have; what a phase would trip over hours later is said at once."""
-    least = {"seed": 0, "burn_in": 0, "accumulate": 0, "eval_every": 0, "horizon": 2}
+    least = {"seed": 0, "burn_in": 0, "accumulate": 0, "eval_every": 0, "tokenizer_until": 0, "horizon": 2}
     for name, value in vars(args).items():
         flag = f"--{name.rstrip('_').replace('_', '-')}"
         if type(value) is int and value < least.get(name, 1):
@@ -592,6 +596,10 @@ def train_tokenizer(run: Run) -> dict[str, float]:
     tokenizer.revive_after = run.args.tokenizer.revive_after * parts_of(run, "tokenizer")  # it counts parts
     if run.args.tokenizer.standardize and not tokenizer.standardized:
         tokenizer.fit_statistics(run.replay.sample_frames(run.rng, min(1024, len(run.replay)), run.device))
+    if until := run.args.tokenizer_until:
+        share_left = (until - run.epoch) / (until - run.args.tokenizer_from + 1)  # of its epochs, this one included
+        for group in run.optimizers["tokenizer"].param_groups:
+            group["lr"] = run.args.tokenizer_learning_rate * min(1, 2 * share_left)
     run.tokens = None  # they were another tokenizer's
     return optimise(
         run, "tokenizer", lambda n: (tokenizer.loss(run.replay.sample_frames(run.rng, n, run.device), run.lpips), {})
@@ -601,8 +609,8 @@ def train_tokenizer(run: Run) -> dict[str, float]:
 def encode_replay(run: Run) -> dict[str, float]:
     """Between the phases: the tokens of all frames. Both later phases read them, so a frame is encoded once an epoch
     at most, not once a sample (525,000 times an epoch at the paper's sizes)."""
-    known = [] if run.tokens is None else [run.tokens]
-    first = len(known[0]) if known else 0
+    first = 0 if run.tokens is None else len(run.tokens) // 256 * 256  # same parts, so same roundings, after a resume
+    known = [] if run.tokens is None else [run.tokens[:first]]
     for start in range(first, len(run.replay), 256):
         with run.autocast():
             frames = run.replay.frames_at(np.arange(start, min(start + 256, len(run.replay))), run.device)
@@ -1083,11 +1091,11 @@ def duration(seconds: float) -> str:
 
 def phases(args: Args) -> dict[str, tuple[Callable[[Run], dict[str, float]], range]]:
     """The phases of an epoch, in order: name -> what to do, and the epochs that do it."""
-    stop = args.epochs + 1
+    stop, tokenizer_stop = args.epochs + 1, min(args.tokenizer_until or args.epochs, args.epochs) + 1
     first_to_need_tokens = min(args.tokenizer_from, args.world_model_from, args.actor_critic_from)
     return {
         "collect": (collect, range(1, min(args.collect_epochs, args.epochs) + 1)),
-        "tokenizer": (train_tokenizer, range(args.tokenizer_from, stop)),
+        "tokenizer": (train_tokenizer, range(args.tokenizer_from, tokenizer_stop)),
         "encode": (encode_replay, range(first_to_need_tokens, stop)),
         "world_model": (train_world_model, range(args.world_model_from, stop)),
         "actor_critic": (train_actor_critic, range(args.actor_critic_from, stop)),

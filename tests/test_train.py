@@ -282,11 +282,6 @@ def test_each_frame_is_encoded_once_an_epoch_and_later_phases_read_tokens(run, m
     iris_train.train_world_model(run)
     iris_train.train_actor_critic(run)
     assert sum(encoded) == 25
-    iris_train.collect(run)
-    encoded.clear()
-    iris_train.encode_replay(run)  # no tokenizer step in between: the new frames only
-    assert sum(encoded) == 25 and len(run.tokens) == 50
-    assert torch.equal(run.tokens, encode(run.replay.frames_at(np.arange(50), run.device)))
 
 
 def test_each_phase_trains_its_own_component_only(run):
@@ -430,6 +425,38 @@ def test_a_resumed_run_takes_the_learning_rate_of_the_command_line(run):
     assert again.optimizers["tokenizer"].param_groups[0]["lr"] == 1e-9
     assert again.optimizers["tokenizer"].state  # and its moments come back
     assert again.optimizers["world_model"].param_groups[0]["weight_decay"] == 0.01
+
+
+def test_a_tokenizer_with_a_last_epoch_slows_down_towards_it_and_then_rests(run):
+    run.args.tokenizer_from, run.args.tokenizer_until, run.args.epochs = 3, 6, 9
+    iris_train.collect(run)
+    rates = []
+    for run.epoch in (2, 3, 4, 5):  # epochs 3 to 6
+        iris_train.train_tokenizer(run)
+        rates.append(run.optimizers["tokenizer"].param_groups[0]["lr"] / run.args.tokenizer_learning_rate)
+    assert rates == [1, 1, 1, 0.5]
+    assert list(iris_train.phases(run.args)["tokenizer"][1]) == [3, 4, 5, 6]
+    assert list(iris_train.phases(run.args)["encode"][1])[-1] == 9
+    run.args.tokenizer_until = 0
+    assert list(iris_train.phases(run.args)["tokenizer"][1]) == list(range(3, 10))
+
+
+def test_tokens_of_a_tokenizer_that_rests_are_kept_in_parts_that_a_resumed_run_would_encode_alike(run, monkeypatch):
+    sizes, encode = [], run.agent.tokenizer.encode
+    monkeypatch.setattr(run.agent.tokenizer, "encode", lambda frames: sizes.append(len(frames)) or encode(frames))
+
+    def encoded() -> list[int]:
+        sizes.clear()  # playing encodes as well
+        iris_train.encode_replay(run)
+        return sizes.copy()
+
+    for _ in range(12):
+        iris_train.collect(run)
+    assert encoded() == [256, 44]
+    iris_train.collect(run)
+    assert encoded() == [69] and len(run.tokens) == 325
+    tokens, run.tokens = run.tokens, None  # as after a resume
+    assert encoded() == [256, 69] and torch.equal(tokens, run.tokens)
 
 
 def test_a_folder_in_which_another_process_trains_is_left_alone(run):
