@@ -430,7 +430,8 @@ class Window:
             if symbol != -1:
                 reported = self.NAMES.get(symbol) or chr(symbol & 0xFFFF).lower()
                 others = [name for name in self.symbols if self.is_down and self.is_held(name)]
-                for name in {*others, reported} & self.symbols.keys():
+                # Of keys pressed since it was last asked, OpenCV reports the newest alone.
+                for name in filter(self.symbols.get, (*(name for name in others if name != reported), reported)):
                     if name not in self.down:
                         pressed.append(name)
                     self.down[name] = time.perf_counter()

@@ -201,24 +201,30 @@ class PlainDream:
 
     @torch.no_grad()
     def reset(self, frames: Tensor) -> Tensor:
-        tokens = self.plain.encode(frames)
+        self.read = self.plain.encode(frames)  # (N, S), the text that the cache stands for
         self.cache: list = [()] * self.plain.world_model.layers
-        self.plain.transformer(tokens, self.cache)
-        return self.plain.decode(tokens)
+        self.plain.transformer(self.read, self.cache)
+        return self.plain.decode(self.read)
 
     @torch.no_grad()
     def step(self, actions: Tensor, next_frame: bool = True):
         def draw(logits: Tensor) -> Tensor:
             return torch.distributions.Categorical(logits=logits[:, -1]).sample()
 
-        x = self.plain.transformer(actions[:, None], self.cache)
+        config, unread = self.plain.world_model, actions[:, None]
+        self.read = torch.cat([self.read, unread], dim=1)
+        if self.read.shape[1] + (config.tokens_per_frame if next_frame else 0) > config.max_tokens:  # read half again
+            unread = self.read = self.read[:, -(config.max_blocks // 2) * config.block :]
+            self.cache = [()] * config.layers
+        x = self.plain.transformer(unread, self.cache)
         rewards, ends = draw(self.plain.head("rewards", x)).float() - 1, draw(self.plain.head("ends", x)).bool()
         if not next_frame:
             return None, rewards, ends
         tokens = []
-        for _ in range(self.plain.world_model.tokens_per_frame):
+        for _ in range(config.tokens_per_frame):
             tokens.append(draw(self.plain.head("observations", x)))
             x = self.plain.transformer(tokens[-1][:, None], self.cache)
+        self.read = torch.cat([self.read, *(token[:, None] for token in tokens)], dim=1)
         return self.plain.decode(torch.stack(tokens, dim=1)), rewards, ends
 
 

@@ -317,7 +317,9 @@ def test_recording_marks_where_the_player_began_anew_and_survives_a_hangup(break
     scripted(breakout, tmp_path, {1: [","], 10: ["enter"], 20: ["q"]})
     (path,) = (tmp_path / "media/recordings").glob("*.npz")
     assert np.flatnonzero(np.load(path)["ends"]).tolist() == [8]  # nine steps, Enter, and then nine more
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which these tests may run, has it ignored
     session = web("--run-dir", breakout)
+    signal.signal(signal.SIGHUP, before)
     keys = {"tab": "t", "count": 1, "pressed": [","], "held": []}
     assert session.request("POST", "/keys", json.dumps(keys)) == 204
     wait_until(lambda: '"step 9 ' in session.picture() or '"step 1' in session.picture())
@@ -496,7 +498,7 @@ class Session:
     """iris_play.py in a window, and xdotool to press keys in it."""
 
     def __init__(self, display, *arguments):
-        self.env = environment(DISPLAY=display)
+        self.env = environment(DISPLAY=display, OMP_NUM_THREADS="1")  # beside other work, two would wait for each other
         self.process = subprocess.Popen(
             [sys.executable, "iris_play.py", *map(str, arguments)],
             cwd=ROOT, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -649,7 +651,8 @@ class Web:
     def __init__(self, *arguments):
         self.process = subprocess.Popen(
             [sys.executable, "-u", "iris_play.py", *map(str, arguments), "--web", "--port", "0"],
-            cwd=ROOT, env=environment(DISPLAY=""), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=ROOT, env=environment(DISPLAY="", OMP_NUM_THREADS="1"),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         self.output = ""
         for line in self.process.stdout:
