@@ -210,6 +210,8 @@ def check(args: Args) -> None:
             f"the tokenizer's {len(args.tokenizer.channels)} levels make {ours} tokens a frame, and "
             f"--world-model.tokens-per-frame is {theirs}: make them the same"
         )
+    if not 1 <= args.tokenizer.worst_values <= 3 * FRAME_SIZE**2:
+        raise IrisError(f"--tokenizer.worst-values is {args.tokenizer.worst_values}, and has to be from 1 to 12,288")
     gpt = args.world_model
     if gpt.max_blocks < 2 or gpt.heads < 1 or gpt.width % gpt.heads or not 0 <= gpt.dropout < 1:
         raise IrisError("the world model needs max_blocks of 2 or more, heads that divide its width, dropout below 1")

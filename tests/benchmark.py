@@ -139,7 +139,8 @@ class Plain:
         vectors = self.vectors(frames)
         codes = self.weights["tokenizer.embedding.weight"][self.nearest(vectors.detach())]
         error = (self.paint(vectors + (codes - vectors).detach()) + 1) / 2 - frames
-        pixel = 0.1 * error.abs().mean() + error.square().mean() + 0.01 * error.square().flatten(1).amax(1).mean()
+        worst = error.square().flatten(1).sort(dim=1).values[:, -self.tokenizer.worst_values :].mean()
+        pixel = 0.1 * error.abs().mean() + error.square().mean() + self.tokenizer.worst_weight * worst
         commitment = F.mse_loss(vectors, codes.detach())
         return pixel + F.mse_loss(codes, vectors.detach()) + self.tokenizer.pixel_commitment_weight * commitment
 

@@ -491,7 +491,7 @@ def test_a_checkpoint_of_another_version_is_refused(run, key):
 @pytest.mark.parametrize(
     "flags",
     """--noop-max 0; --collect-steps 0; --collect-epochs 0; --test-episodes 0; --test-envs 0; --horizon 1; --burn-in -1;
-    --accumulate -1; --seed -1; --max-grad-norm -1; --tokenizer-learning-rate nan; --actor-critic-batch-size 0;
+    --tokenizer.worst-values 0; --accumulate -1; --seed -1; --max-grad-norm -1; --tokenizer-learning-rate nan; --actor-critic-batch-size 0;
     --world-model.max-blocks 1; --world-model.heads 3; --world-model.heads 0; --world-model.dropout 2;
     --tokenizer.blocks 1 1; --tokenizer.channels 48 48 48 48 48; --tokenizer.vocab-size 0; --tokenizer.channels 8 8 8 8;
     --actor-critic.channels 8 8 8 8 8 8 8""".split(";"),
