@@ -217,14 +217,15 @@ def official_names(config: TokenizerConfig, actor_critic: ActorCriticConfig, lay
     middle, last = ["mid.block_1", "mid.attn_1", "mid.block_2"], ["norm_out", "", "conv_out"]  # "" is the SiLU
     encoder, decoder = ["conv_in"], ["conv_in", *middle]
     for level in levels:
-        encoder += level_names("down", level, config.blocks[level])
+        encoder += [""] if config.local_encoder else level_names("down", level, config.blocks[level])
         encoder += [f"down.{level}.downsample"] if level + 1 < len(levels) else []
+    encoder += last[2:] if config.local_encoder else [*middle, *last]
     for level in reversed(levels):
         decoder += level_names("up", level, config.blocks[level] + bool(config.blocks[level]))
         decoder += [f"up.{level}.upsample"] if level > 0 else []
 
     names = {}
-    for part, walk in (("encoder", [*encoder, *middle, *last]), ("decoder", [*decoder, *last])):
+    for part, walk in (("encoder", encoder), ("decoder", [*decoder, *last])):
         for index, name in enumerate(walk):
             ours, theirs = f"tokenizer.{part}.{index}", f"tokenizer.{part}.{name}"
             if ".attn" in name:

@@ -25,6 +25,7 @@ import os
 import threading
 import urllib.request
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -84,6 +85,9 @@ class TokenizerConfig:
     """Residual blocks of each level of the encoder. The decoder has one more wherever this is not zero."""
     attention_at: tuple[int, ...] = (16, 8)
     """Resolutions, in pixels, at which each residual block is followed by self-attention."""
+    local_encoder: bool = False
+    """Encode each token's patch by itself: convolutions alone, no residual blocks, attention or norms, through which
+    a ball changes every token of the frame. Not the paper's; a small world model foresees such tokens much sooner."""
     commitment_weight: float = 1.0
     """Weight of the commitment term beside the perceptual loss (published configuration)."""
     pixel_commitment_weight: float = 0.02
@@ -216,6 +220,11 @@ class Upsample(nn.Module):
 
 def build_encoder(config: TokenizerConfig) -> nn.Sequential:
     """(N, 3, 64, 64) in [-1, 1] -> (N, code_dim, 4, 4)."""
+    if config.local_encoder:
+        layers = [conv3x3(3, config.channels[0]), nn.SiLU()]
+        for channels_in, channels_out in pairwise(config.channels):
+            layers += [Downsample(channels_in, channels_out), nn.SiLU()]
+        return nn.Sequential(*layers, nn.Conv2d(config.channels[-1], config.code_dim, kernel_size=1))
     levels = list(zip(config.channels, config.blocks, strict=True))
     layers: list[nn.Module] = [conv3x3(3, config.channels[0])]
     for level, (channels, blocks) in enumerate(levels):

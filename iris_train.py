@@ -141,16 +141,16 @@ PRESETS = {
     # Two CPU cores, an hour and a half. Pixels are what costs, so nothing but a few convolutions works at full size.
     "laptop": Args(
         preset="laptop",
-        epochs=60, collect_epochs=50, collect_steps=400, max_frames=10_000, test_max_frames=10_000,
-        tokenizer_from=3, tokenizer_steps=300, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
+        epochs=60, collect_epochs=50, collect_steps=2000, max_frames=10_000, test_max_frames=10_000,
+        tokenizer_from=3, tokenizer_steps=500, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
         tokenizer_until=14,
         world_model_from=13, world_model_steps=300, world_model_batch_size=64, world_model_learning_rate=1e-3,
-        actor_critic_from=18, actor_critic_steps=40, actor_critic_batch_size=64, actor_critic_learning_rate=5e-4,
-        horizon=10, burn_in=5, entropy_weight=0.003, gamma=0.99, behind_ends=False,
+        actor_critic_from=18, actor_critic_steps=60, actor_critic_batch_size=64, actor_critic_learning_rate=1e-3,
+        horizon=10, burn_in=5, entropy_weight=0.01, gamma=0.99, behind_ends=False,
         eval_every=10, test_episodes=8,
         tokenizer=TokenizerConfig(
             vocab_size=256, code_dim=64, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 1, 1), attention_at=(),
-            standardize=True,
+            local_encoder=True, worst_values=12, worst_weight=0.1, standardize=True,
         ),
         world_model=WorldModelConfig(max_blocks=4, layers=3, width=128, dropout=0.0),
         actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=256),

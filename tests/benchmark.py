@@ -100,12 +100,14 @@ class Plain:
     def vectors(self, frames: Tensor) -> Tensor:
         """(N, 3, 64, 64) -> (N * K, D) float32."""
         name, x = "tokenizer.encoder", (frames * 2 - 1 - self.mean) / self.std
-        x = self.conv(f"{name}.conv_in", x, padding=1)
+        x, local = self.conv(f"{name}.conv_in", x, padding=1), self.tokenizer.local_encoder
         for level, blocks in enumerate(self.tokenizer.blocks):
-            x = self.level(f"{name}.down", level, blocks, x)
+            x = F.silu(x) if local else self.level(f"{name}.down", level, blocks, x)
             if level + 1 < len(self.tokenizer.blocks):
                 x = self.conv(f"{name}.down.{level}.downsample.conv", F.pad(x, (0, 1, 0, 1)), stride=2)
-        x = self.conv(f"{name}.conv_out", F.silu(self.norm(f"{name}.norm_out", self.middle(name, x))), padding=1)
+        if not local:
+            x = F.silu(self.norm(f"{name}.norm_out", self.middle(name, x)))
+        x = self.conv(f"{name}.conv_out", x, padding=0 if local else 1)
         return self.conv("tokenizer.pre_quant_conv", x).permute(0, 2, 3, 1).flatten(0, 2).float()
 
     def nearest(self, vectors: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import reference
 from benchmark import Plain, PlainDream, operators
 from iris_agent import agent_from_official
 from iris_tokenizer import GroupNorm, Tokenizer, TokenizerConfig
+from iris_train import PRESETS, build_agent
 from iris_world_model import Dream, WorldModel, WorldModelConfig
 
 N, L, K = 2, 3, 16
@@ -67,6 +68,15 @@ def test_tokenizer_losses_and_gradients_are_those_of_the_plain_version(agent, pr
         with torch.autocast("cpu", enabled=False):
             plain_loss = plain.tokenizer_loss(frames)
     check_loss_and_gradients(loss, agent.tokenizer, plain, plain_loss, precision)
+
+
+def test_the_laptops_tokenizer_is_that_of_the_plain_version():
+    agent, frames = build_agent(PRESETS["laptop"], 4), torch.rand(N, 3, 64, 64)
+    plain = Plain(agent, requires_grad=False)
+    with torch.no_grad():
+        assert distance(agent.tokenizer._vectors(frames), plain.vectors(frames)) < 1e-5
+        loss, plain_loss = sum(agent.tokenizer.loss(frames).values()), plain.tokenizer_loss(frames)
+    assert abs(loss - plain_loss) <= 1e-5 * plain_loss
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

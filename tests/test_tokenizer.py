@@ -60,6 +60,16 @@ def test_encode_takes_the_nearest_code_of_all():
     assert tokenizer.encode(frames).flatten().tolist() == expected
 
 
+def test_a_local_encoder_changes_no_token_but_those_around_what_changes():
+    tokenizer = small(channels=(8,) * 5, blocks=(0,) * 5, attention_at=(), local_encoder=True).eval()
+    frames = torch.rand(1, 3, 64, 64).repeat(2, 1, 1, 1)
+    frames[1, :, 38:42, 54:58] = 1.0  # inside the patch of row 2 and column 3, of 4 x 4
+    with torch.no_grad():
+        before, after = tokenizer._vectors(frames).unflatten(0, (2, 4, 4))
+    changed = (before != after).any(dim=2)
+    assert changed[2, 3] and not changed[[0, 3]].any() and not changed[:, :2].any()  # a halving looks right and down
+
+
 def test_a_token_stands_for_its_own_patch_in_reading_order():
     tokenizer = small(blocks=(0, 0, 0), attention_at=()).eval()
     for module in tokenizer.encoder:  # the middle's attention would let every patch see every other
