@@ -149,7 +149,7 @@ PRESETS = {
         horizon=10, burn_in=5, entropy_weight=0.01, gamma=0.99, behind_ends=False,
         eval_every=10, test_episodes=8,
         tokenizer=TokenizerConfig(
-            vocab_size=256, code_dim=64, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 1, 1), attention_at=(),
+            code_dim=64, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 1, 1), attention_at=(),
             local_encoder=True, worst_values=12, worst_weight=0.1, standardize=True,
         ),
         world_model=WorldModelConfig(max_blocks=4, layers=3, width=128, dropout=0.0),
