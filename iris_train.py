@@ -138,7 +138,7 @@ class Args:
 
 PRESETS = {
     "paper": Args(),
-    # Two CPU cores, an hour and a half. Pixels are what costs, so nothing but a few convolutions works at full size.
+    # One CPU core or two, about two hours. Pixels are what costs, so nothing but a few convolutions works at full size.
     "laptop": Args(
         preset="laptop",
         epochs=60, collect_epochs=50, collect_steps=2000, max_frames=10_000, test_max_frames=10_000,
