@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -42,6 +43,14 @@ def start(*arguments):
         [sys.executable, "iris_train.py", *map(str, arguments)],
         cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+
+
+@contextmanager
+def heard(number):
+    """What is started herein heeds the signal, though nohup or a shell's `&` may have these tests ignore it."""
+    before = signal.signal(number, signal.SIG_DFL)
+    yield
+    signal.signal(number, before)
 
 
 def wait_for(process, text):
@@ -165,7 +174,8 @@ def test_a_run_killed_twice_and_resumed_ends_bit_for_bit_as_one_never_interrupte
 @pytest.mark.parametrize(("how", "when"), [(signal.SIGINT, "epoch 2/500"), (signal.SIGTERM, "Run folder")])
 def test_an_interrupted_run_says_what_is_saved_and_how_to_go_on(tmp_path, how, when):
     folder = tmp_path / "run"
-    process = start(*FAST, *COUNTER, "--epochs", 500, "--run-dir", folder)
+    with heard(how):
+        process = start(*FAST, *COUNTER, "--epochs", 500, "--run-dir", folder)
     wait_for(process, when)
     if when == "Run folder":  # in the midst of the first epoch
         while not (folder / "replay/frames.bin").stat().st_size:

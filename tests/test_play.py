@@ -26,7 +26,7 @@ import reference
 from iris_play import AgentPlayer, DreamedGame, Game, Person, RecordedEpisodes, View, paint
 from iris_tokenizer import IrisError, to_model, to_stored
 from iris_train import load_agent, make_env
-from test_command_line import ROOT, assert_one_clear_line, environment, train
+from test_command_line import ROOT, assert_one_clear_line, environment, heard, train
 from test_train import FAST
 
 MEANINGS_18 = """NOOP FIRE UP RIGHT LEFT DOWN UPRIGHT UPLEFT DOWNRIGHT DOWNLEFT UPFIRE RIGHTFIRE LEFTFIRE DOWNFIRE
@@ -317,9 +317,8 @@ def test_recording_marks_where_the_player_began_anew_and_survives_a_hangup(break
     scripted(breakout, tmp_path, {1: [","], 10: ["enter"], 20: ["q"]})
     (path,) = (tmp_path / "media/recordings").glob("*.npz")
     assert np.flatnonzero(np.load(path)["ends"]).tolist() == [8]  # nine steps, Enter, and then nine more
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which these tests may run, has it ignored
-    session = web("--run-dir", breakout)
-    signal.signal(signal.SIGHUP, before)
+    with heard(signal.SIGHUP):
+        session = web("--run-dir", breakout)
     keys = {"tab": "t", "count": 1, "pressed": [","], "held": []}
     assert session.request("POST", "/keys", json.dumps(keys)) == 204
     wait_until(lambda: '"step 9 ' in session.picture() or '"step 1' in session.picture())
