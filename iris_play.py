@@ -429,9 +429,9 @@ class Window:
                 return ["q"], []
             if symbol != -1:
                 reported = self.NAMES.get(symbol) or chr(symbol & 0xFFFF).lower()
-                others = [name for name in self.symbols if self.is_down and self.is_held(name)]
+                others = [x for x in self.symbols if self.is_down and x != reported and self.is_held(x)]
                 # Of keys pressed since it was last asked, OpenCV reports the newest alone.
-                for name in filter(self.symbols.get, (*(name for name in others if name != reported), reported)):
+                for name in [*others, reported] if reported in self.symbols else others:
                     if name not in self.down:
                         pressed.append(name)
                     self.down[name] = time.perf_counter()

@@ -82,12 +82,12 @@ class TokenizerConfig:
     channels: tuple[int, ...] = (64, 64, 64, 64, 64)
     """Channels of each level, from 64x64 pixels downwards; each further level halves the height and the width."""
     blocks: tuple[int, ...] = (2, 2, 2, 2, 2)
-    """Residual blocks of each level of the encoder. The decoder has one more wherever this is not zero."""
+    """Residual blocks of each level of the encoder, unless local. The decoder has one more where this is not zero."""
     attention_at: tuple[int, ...] = (16, 8)
     """Resolutions, in pixels, at which each residual block is followed by self-attention."""
     local_encoder: bool = False
-    """Encode each token's patch by itself: convolutions alone, no residual blocks, attention or norms, through which
-    a ball changes every token of the frame. Not the paper's; a small world model foresees such tokens much sooner."""
+    """Encode each patch from itself and those right and below: convolutions alone, no residual blocks, attention or
+    norms, through which a ball changes every token. Not the paper's; small world models foresee such tokens sooner."""
     commitment_weight: float = 1.0
     """Weight of the commitment term beside the perceptual loss (published configuration)."""
     pixel_commitment_weight: float = 0.02
@@ -220,13 +220,14 @@ class Upsample(nn.Module):
 
 def build_encoder(config: TokenizerConfig) -> nn.Sequential:
     """(N, 3, 64, 64) in [-1, 1] -> (N, code_dim, 4, 4)."""
+    layers: list[nn.Module]
     if config.local_encoder:
         layers = [conv3x3(3, config.channels[0]), nn.SiLU()]
         for channels_in, channels_out in pairwise(config.channels):
             layers += [Downsample(channels_in, channels_out), nn.SiLU()]
         return nn.Sequential(*layers, nn.Conv2d(config.channels[-1], config.code_dim, kernel_size=1))
     levels = list(zip(config.channels, config.blocks, strict=True))
-    layers: list[nn.Module] = [conv3x3(3, config.channels[0])]
+    layers = [conv3x3(3, config.channels[0])]
     for level, (channels, blocks) in enumerate(levels):
         for _ in range(blocks):
             layers.append(ResidualBlock(channels))

@@ -49,8 +49,10 @@ def start(*arguments):
 def heard(number):
     """What is started herein heeds the signal, though nohup or a shell's `&` may have these tests ignore it."""
     before = signal.signal(number, signal.SIG_DFL)
-    yield
-    signal.signal(number, before)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def wait_for(process, text):

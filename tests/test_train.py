@@ -491,10 +491,10 @@ def test_a_checkpoint_of_another_version_is_refused(run, key):
 @pytest.mark.parametrize(
     "flags",
     """--noop-max 0; --collect-steps 0; --collect-epochs 0; --test-episodes 0; --test-envs 0; --horizon 1; --burn-in -1;
-    --tokenizer.worst-values 0; --accumulate -1; --seed -1; --max-grad-norm -1; --tokenizer-learning-rate nan; --actor-critic-batch-size 0;
+    --accumulate -1; --seed -1; --max-grad-norm -1; --tokenizer-learning-rate nan; --actor-critic-batch-size 0;
     --world-model.max-blocks 1; --world-model.heads 3; --world-model.heads 0; --world-model.dropout 2;
     --tokenizer.blocks 1 1; --tokenizer.channels 48 48 48 48 48; --tokenizer.vocab-size 0; --tokenizer.channels 8 8 8 8;
-    --actor-critic.channels 8 8 8 8 8 8 8""".split(";"),
+    --actor-critic.channels 8 8 8 8 8 8 8; --tokenizer.worst-values 0""".split(";"),
 )
 def test_numbers_that_no_run_can_have_are_refused_at_the_start(flags, tmp_path):
     with pytest.raises(IrisError) as error:
