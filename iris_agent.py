@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iris_tokenizer import IrisError, Tokenizer, TokenizerConfig, conv3x3, save_picture
+from iris_tokenizer import IrisError, Standardize, Tokenizer, TokenizerConfig, conv3x3, save_picture
 from iris_world_model import Linear, WorldModel, WorldModelConfig, sample
 
 State = tuple[Tensor, Tensor]  # an LSTM's (hidden, cell), each (N, lstm_width)
@@ -47,6 +47,9 @@ class ActorCriticConfig:
     """Channels of the convolutions; each is followed by a 2x2 max-pool, so four of them leave 4x4 pixels."""
     lstm_width: int = 512
     """Width of the LSTM's state."""
+    standardize: bool = False
+    """Look at frames with the mean frame taken off and each pixel divided by how much it varies (`Standardize`). Not
+    the paper's; a ball of one pixel is then noticed ten times sooner."""
 
 
 class ActorCritic(nn.Module):
@@ -55,6 +58,7 @@ class ActorCritic(nn.Module):
     def __init__(self, num_actions: int, config: ActorCriticConfig = ActorCriticConfig()):
         super().__init__()
         self.config = config
+        self.standardize = Standardize()
         self.convolutions = nn.Sequential()
         channels = 3
         for width in config.channels:
@@ -72,7 +76,7 @@ class ActorCritic(nn.Module):
 
     def features(self, frames: Tensor) -> Tensor:
         """Frames (N, 3, 64, 64) in [0, 1] -> what the LSTM reads: (N, 1024)."""
-        return self.convolutions(frames.mul(2).sub(1)).flatten(1)
+        return self.convolutions(self.standardize(frames)).flatten(1)
 
     def forward(self, frames: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         """Frames (N, 3, 64, 64) in [0, 1] -> policy logits (N, A) and values (N,) float32, and the next state."""

@@ -66,6 +66,40 @@ def to_stored(frames: Tensor) -> Tensor:
     return frames.mul(255).round().clamp(0, 255).byte().movedim(-3, -1)
 
 
+class Standardize(nn.Module):
+    """Frames (N, 3, 64, 64) in [0, 1] -> what models read: in [-1, 1], and nothing more, as published; or, once `fit`
+    has been called, with the mean frame taken off, and each pixel divided by how much it varies.
+
+    Nearly all of a game's frame is the same at every step. Left in, it is nearly all of what a model sees, and of what
+    a decoder is blamed for, and a ball of one pixel waits until the last brick is learned. Not in the paper.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3, FRAME_SIZE, FRAME_SIZE))
+        self.register_buffer("std", torch.ones(3, FRAME_SIZE, FRAME_SIZE))
+
+    @torch.no_grad()
+    def fit(self, frames: Tensor) -> None:
+        """Takes mean and deviation of each pixel from frames (N, 3, 64, 64). Once, before training starts."""
+        x = frames.mul(2).sub(1)
+        self.mean.copy_(x.mean(dim=0))
+        # The 0.05 bounds how far a pixel that has hardly ever changed is blown up.
+        self.std.copy_(x.std(dim=0, correction=0) + 0.05)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether `fit` has been called."""
+        return bool((self.std != 1).any())
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return (frames.mul(2).sub(1) - self.mean) / self.std
+
+    def undo(self, x: Tensor) -> Tensor:
+        """What a decoder painted, standardised -> in about [-1, 1]."""
+        return x * self.std + self.mean
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The autoencoder
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,7 +128,7 @@ class TokenizerConfig:
     """The same beside the weight-free pixel loss (Delta-IRIS)."""
     standardize: bool = False
     """Read frames with the mean frame taken off and each pixel divided by how much it varies, and paint likewise
-    (`Tokenizer.fit_statistics`). Not the paper's; it lets a small tokenizer see moving things much sooner."""
+    (`Standardize`). Not the paper's; it lets a small tokenizer see moving things much sooner."""
     worst_values: int = 1
     """With the pixel loss: how many of a frame's 12,288 errors, the largest, count a second time (Delta-IRIS: 1)."""
     worst_weight: float = 0.01
@@ -268,6 +302,7 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.revive_after = config.revive_after
+        self.standardize = Standardize()
         self.encoder = build_encoder(config)
         self.pre_quantization = nn.Conv2d(config.code_dim, config.code_dim, kernel_size=1)
         self.codebook = nn.Embedding(config.vocab_size, config.code_dim)
@@ -276,32 +311,11 @@ class Tokenizer(nn.Module):
         nn.init.uniform_(self.codebook.weight, -1 / config.vocab_size, 1 / config.vocab_size)
         # Steps since each code was last used. A buffer, because an exact resume needs it.
         self.register_buffer("code_age", torch.zeros(config.vocab_size, dtype=torch.int64))
-        # What `fit_statistics` finds; until then, and with the paper's sizes always, they change nothing.
-        self.register_buffer("frame_mean", torch.zeros(3, FRAME_SIZE, FRAME_SIZE))
-        self.register_buffer("frame_std", torch.ones(3, FRAME_SIZE, FRAME_SIZE))
         self.to(memory_format=torch.channels_last)  # no other numbers, but faster convolutions on CPU and GPU
-
-    @torch.no_grad()
-    def fit_statistics(self, frames: Tensor) -> None:
-        """With `config.standardize`: takes mean and deviation of each pixel from frames (N, 3, 64, 64). Once, at first.
-
-        Nearly all of a game's frame is the same at every step. Left in, it is nearly all of what the encoder sees and
-        of what the decoder is blamed for, and the ball waits until the last brick is painted.
-        """
-        x = frames.mul(2).sub(1)
-        self.frame_mean.copy_(x.mean(dim=0))
-        # The 0.05 bounds how far a pixel that has hardly ever changed is blown up.
-        self.frame_std.copy_(x.std(dim=0, correction=0) + 0.05)
-
-    @property
-    def standardized(self) -> bool:
-        """Whether `fit_statistics` has been called."""
-        return bool((self.frame_std != 1).any())
 
     def _vectors(self, frames: Tensor) -> Tensor:
         """Frames -> encoder outputs, one row a token: (N * K, code_dim) float32."""
-        x = (frames.mul(2).sub(1) - self.frame_mean) / self.frame_std
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.standardize(frames).contiguous(memory_format=torch.channels_last)
         z = self.pre_quantization(self.encoder(x))  # (N, D, 4, 4)
         return z.permute(0, 2, 3, 1).reshape(-1, self.config.code_dim).float()
 
@@ -324,7 +338,7 @@ class Tokenizer(nn.Module):
         """Code vectors (N * K, D) -> frames (N, 3, 64, 64), about in [-1, 1]."""
         side = int(self.config.tokens_per_frame**0.5)
         z = codes.reshape(-1, side, side, self.config.code_dim).permute(0, 3, 1, 2)  # (N, D, 4, 4), channels last
-        return self.decoder(self.post_quantization(z)).float() * self.frame_std + self.frame_mean
+        return self.standardize.undo(self.decoder(self.post_quantization(z)).float())
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames (N, 3, 64, 64) in [0, 1] -> tokens (N, K) int64. No gradient."""
@@ -559,7 +573,7 @@ def train_small_tokenizer(frames: Tensor, steps: int, batch_size: int = 16) -> T
     from tqdm import trange
 
     tokenizer = Tokenizer(SMALL_TOKENIZER)
-    tokenizer.fit_statistics(to_model(frames))
+    tokenizer.standardize.fit(to_model(frames))
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=1e-3)
     for _ in trange(steps, desc="tokenizer", disable=None):
         batch = to_model(frames[torch.randint(len(frames), (batch_size,))])

@@ -144,16 +144,16 @@ PRESETS = {
         epochs=60, collect_epochs=50, collect_steps=2000, max_frames=10_000, test_max_frames=10_000,
         tokenizer_from=3, tokenizer_steps=500, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
         tokenizer_until=14,
-        world_model_from=13, world_model_steps=300, world_model_batch_size=64, world_model_learning_rate=1e-3,
-        actor_critic_from=18, actor_critic_steps=60, actor_critic_batch_size=64, actor_critic_learning_rate=1e-3,
-        horizon=10, burn_in=5, entropy_weight=0.01, gamma=0.99, behind_ends=False,
+        world_model_from=13, world_model_steps=1000, world_model_batch_size=16, world_model_learning_rate=5e-4,
+        actor_critic_from=18, actor_critic_steps=150, actor_critic_batch_size=32, actor_critic_learning_rate=1e-3,
+        horizon=10, burn_in=5, entropy_weight=0.003, gamma=0.99, behind_ends=False,
         eval_every=10, test_episodes=8,
         tokenizer=TokenizerConfig(
             code_dim=64, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 1, 1), attention_at=(),
             local_encoder=True, worst_values=12, worst_weight=0.1, standardize=True,
         ),
-        world_model=WorldModelConfig(max_blocks=4, layers=3, width=128, dropout=0.0),
-        actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=256),
+        world_model=WorldModelConfig(max_blocks=4, layers=2, width=128, dropout=0.0),
+        actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=256, standardize=True),
     ),
     # The whole algorithm on tests/catch.py, in ten minutes on two CPU cores.
     "catch": Args(
@@ -169,7 +169,7 @@ PRESETS = {
             standardize=True,
         ),
         world_model=WorldModelConfig(max_blocks=4, layers=2, width=128, dropout=0.0),
-        actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=128),
+        actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=128, standardize=True),
     ),
 }  # fmt: skip
 
@@ -592,12 +592,17 @@ def optimise(run: Run, name: str, losses_of: Callable[[int], tuple[dict, dict]])
     return {f"{name}/{key}": float(values.mean()) for key, values in columns.items()} | {f"speed/{name}": speed}
 
 
+def fit_standardize(run: Run, model: Tokenizer | ActorCritic) -> None:
+    """Before its first training, and with `standardize`: the statistics of what it will look at."""
+    if model.config.standardize and not model.standardize.fitted:
+        model.standardize.fit(run.replay.sample_frames(run.rng, min(1024, len(run.replay)), run.device))
+
+
 def train_tokenizer(run: Run) -> dict[str, float]:
     """Phase 1: learn to write frames as tokens, and to paint them back."""
     tokenizer = run.agent.tokenizer
     tokenizer.revive_after = run.args.tokenizer.revive_after * parts_of(run, "tokenizer")  # it counts parts
-    if run.args.tokenizer.standardize and not tokenizer.standardized:
-        tokenizer.fit_statistics(run.replay.sample_frames(run.rng, min(1024, len(run.replay)), run.device))
+    fit_standardize(run, tokenizer)
     if until := run.args.tokenizer_until:
         share_left = (until - run.epoch) / (until - run.args.tokenizer_from + 1)  # of its epochs, this one included
         for group in run.optimizers["tokenizer"].param_groups:
@@ -644,6 +649,7 @@ def sequences(run: Run, replay: Replay, n: int, tokens_at: Callable[[np.ndarray]
 def train_actor_critic(run: Run) -> dict[str, float]:
     """Phase 3: learn to act, in dreams."""
     args, painted = run.args, None
+    fit_standardize(run, run.agent.actor_critic)
     # Every dream first shows the LSTM real frames, reconstructed: 256,000 an epoch at the paper's sizes. As long as the
     # replay has fewer, each is painted once, and kept in the replay's own format.
     if len(run.replay) < args.actor_critic_steps * args.actor_critic_batch_size * args.burn_in:

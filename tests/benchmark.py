@@ -48,7 +48,7 @@ class Plain:
 
     def __init__(self, agent: Agent, requires_grad: bool = True):
         self.tokenizer, self.world_model = agent.tokenizer.config, agent.world_model.config
-        self.mean, self.std = agent.tokenizer.frame_mean, agent.tokenizer.frame_std
+        self.mean, self.std = agent.tokenizer.standardize.mean, agent.tokenizer.standardize.std
         self.vocab_size, self.actor_critic, self.training = agent.world_model.vocab_size, agent.actor_critic, True
         names = official_names(self.tokenizer, agent.actor_critic.config, self.world_model.layers)
         self.weights: dict[str, Tensor] = {}

@@ -342,7 +342,7 @@ def test_paper_sizes_go_through_every_phase_on_a_cpu_and_warn_of_the_wait(tmp_pa
     assert "Done: 1 epochs, 5 steps" in result.stdout
     sizes = {name: 0 for name in ("tokenizer", "world_model", "actor_critic")}
     for name, weight in checkpoint(folder)["agent"].items():
-        if not name.endswith(("code_age", "frame_mean", "frame_std")):
+        if not name.endswith(("code_age", "standardize.mean", "standardize.std")):
             sizes[name.split(".")[0]] += weight.numel()
     assert sizes == {"tokenizer": 4_027_523, "world_model": 8_447_493, "actor_critic": 3_217_957}
 

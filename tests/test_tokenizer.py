@@ -188,12 +188,12 @@ def test_code_search_is_float32_under_autocast():
 
 def test_standardising_changes_what_is_read_and_painted_by_the_frames_own_statistics():
     tokenizer = small(standardize=True)
-    assert not tokenizer.standardized
+    assert not tokenizer.standardize.fitted
     frames = torch.rand(50, 3, 64, 64)
     read = []
     tokenizer.encoder.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
-    tokenizer.fit_statistics(frames)
-    assert tokenizer.standardized
+    tokenizer.standardize.fit(frames)
+    assert tokenizer.standardize.fitted
     tokenizer.encode(frames)
     assert read[0].mean(dim=0).abs().max() < 1e-5 and 0.8 < read[0].std(dim=0).mean() < 1
     with torch.no_grad():
