@@ -160,13 +160,14 @@ PRESETS = {
         preset="catch", env_id="tests.catch:Catch-v0",
         epochs=28, collect_epochs=28, collect_steps=200, max_frames=10_000,
         tokenizer_from=3, tokenizer_steps=100, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
+        tokenizer_until=14,
         world_model_from=9, world_model_steps=200, world_model_batch_size=32, world_model_learning_rate=1e-3,
         actor_critic_from=13, actor_critic_steps=50, actor_critic_batch_size=64, actor_critic_learning_rate=1e-3,
         horizon=8, burn_in=2, entropy_weight=0.02, behind_ends=False, gamma=0.99,
         eval_every=5, test_episodes=40, test_envs=40,
         tokenizer=TokenizerConfig(
             vocab_size=64, code_dim=32, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 0, 1), attention_at=(),
-            standardize=True,
+            local_encoder=True, standardize=True,
         ),
         world_model=WorldModelConfig(max_blocks=4, layers=2, width=128, dropout=0.0),
         actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=128, standardize=True),
@@ -913,12 +914,14 @@ def init_from(agent: Agent, args: Args) -> None:
             f"{args.init_from} knows {theirs} actions and {args.env_id} has {ours}: take its tokenizer alone, with "
             "--no-load-world-model --no-load-actor-critic"
         )
-    for name, setting in (("tokenizer", "standardize"), ("world_model", "heads"), ("actor_critic", "channels")):
+    # These settings change what weights mean, but not all of them change their shapes.
+    settings = {"tokenizer": ["standardize"], "world_model": ["heads"], "actor_critic": ["channels", "standardize"]}
+    for name, those in settings.items():
         if not getattr(args, f"load_{name}"):
             continue
-        try:  # the settings named above change what weights mean, but not all of them change their shapes
-            if getattr(getattr(args, name), setting) != getattr(getattr(source_args, name), setting):
-                raise RuntimeError(setting)
+        try:
+            if any(getattr(getattr(args, name), one) != getattr(getattr(source_args, name), one) for one in those):
+                raise RuntimeError
             getattr(agent, name).load_state_dict(getattr(source, name).state_dict())
         except RuntimeError as error:
             raise IrisError(

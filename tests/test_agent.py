@@ -22,6 +22,20 @@ def test_paper_size_has_the_published_number_of_parameters():
     assert sum(p.numel() for p in ActorCritic(4).parameters()) == 3_217_957
 
 
+def test_a_standardising_actor_critic_looks_at_each_pixel_in_units_of_its_own_variation():
+    agent, frames = small(), torch.rand(50, 3, 64, 64)
+    frames[:, :, 0, 0] = 0.25  # never changes, and stays finite
+    looked_at = []
+    agent.convolutions.register_forward_pre_hook(lambda module, inputs: looked_at.append(inputs[0]))
+    agent.features(frames)
+    assert torch.equal(looked_at[0], 2 * frames - 1)  # as published, until the statistics are there
+    agent.standardize.fit(frames)
+    agent.features(frames)
+    pixels = 2 * frames.double().numpy() - 1
+    expected = (pixels - pixels.mean(axis=0)) / (pixels.std(axis=0) + 0.05)
+    assert abs(looked_at[1].numpy() - expected).max() < 1e-4
+
+
 def test_lambda_returns_equal_the_direct_sum_over_n_step_returns():
     """The definition: a weighted mean of all n-step returns, cut where an episode ends (Sutton and Barto, 12.1)."""
     torch.manual_seed(0)

@@ -284,6 +284,21 @@ def test_each_frame_is_encoded_once_an_epoch_and_later_phases_read_tokens(run, m
     assert sum(encoded) == 25
 
 
+def test_statistics_for_standardising_are_taken_at_the_first_training_and_then_kept(run):
+    models = run.agent.tokenizer, run.agent.actor_critic
+    iris_train.collect(run)
+    assert not any(model.standardize.fitted for model in models)
+    for first in (True, False):
+        iris_train.train_tokenizer(run)
+        iris_train.encode_replay(run)
+        iris_train.train_actor_critic(run)
+        if first:
+            taken = [model.standardize.mean.clone() for model in models]
+            iris_train.collect(run)
+    assert all(model.standardize.fitted for model in models)
+    assert all(torch.equal(model.standardize.mean, mean) for model, mean in zip(models, taken, strict=True))
+
+
 def test_each_phase_trains_its_own_component_only(run):
     iris_train.collect(run)
     for phase, name in (("train_tokenizer", "tokenizer"), ("train_world_model", "world_model"), ("train_actor_critic", "actor_critic")):
@@ -509,6 +524,9 @@ def test_init_from_takes_over_the_chosen_parts_only(run, tmp_path):
     for name, same in (("tokenizer", True), ("world_model", False), ("actor_critic", True)):
         pairs = zip(getattr(fresh, name).parameters(), getattr(run.agent, name).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) == same
+    with pytest.raises(IrisError, match="actor_critic of .* has other sizes"):  # weights for frames seen otherwise
+        argv += ["--actor-critic.no-standardize", "--run-dir", str(tmp_path / "third")]
+        iris_train.build(parse_args(argv))
 
 
 def test_catch_pays_whoever_is_under_the_ball_and_the_best_player_always_is():
