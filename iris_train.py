@@ -925,7 +925,7 @@ def init_from(agent: Agent, args: Args) -> None:
             getattr(agent, name).load_state_dict(getattr(source, name).state_dict())
         except RuntimeError as error:
             raise IrisError(
-                f"the {name} of {args.init_from} has other sizes than this run's: give it the same "
+                f"the {name} of {args.init_from} has other sizes or settings than this run's: give it the same "
                 f"--{name.replace('_', '-')}... or use --no-load-{name.replace('_', '-')}"
             ) from error
 

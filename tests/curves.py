@@ -40,17 +40,17 @@ def main(args: Args) -> None:
         games[run["game"]].append(run["points"])
     figure, axes = plt.subplots(figsize=(6.4, 3.6), dpi=120, layout="constrained")
     for (game, curves), colour in zip(games.items(), plt.rcParams["axes.prop_cycle"].by_key()["color"]):
-        by_step = defaultdict(list)
+        by_epoch = defaultdict(list)
         for curve in curves:
-            axes.plot([steps for _, steps, _ in curve], [value for *_, value in curve], color=colour, lw=0.8, alpha=0.5)
-            for _, steps, value in curve:
-                by_step[steps].append(value)
-        whole = sorted(steps for steps, values in by_step.items() if len(values) == len(curves))
+            axes.plot([epoch for epoch, *_ in curve], [value for *_, value in curve], color=colour, lw=0.8, alpha=0.5)
+            for epoch, _, value in curve:
+                by_epoch[epoch].append(value)
+        whole = sorted(epoch for epoch, values in by_epoch.items() if len(values) == len(curves))
         name = f"{game.split(':')[-1].removesuffix('NoFrameskip-v4')}, mean of {len(curves)}"
-        axes.plot(whole, [np.mean(by_step[steps]) for steps in whole], color=colour, lw=2.5, label=name)
+        axes.plot(whole, [np.mean(by_epoch[epoch]) for epoch in whole], color=colour, lw=2.5, label=name)
     if args.random is not None:
         axes.axhline(args.random, color="grey", ls=":", label="random play")
-    axes.set(xlabel="steps in the real game", ylabel="mean return of test games")
+    axes.set(xlabel="epoch", ylabel="mean return of test games")
     axes.legend(frameon=False)
     for path in filter(None, (args.png, args.csv)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,71 @@
+"""Plays test games with the agents of runs, and as many at random in the same harness; keeps every score.
+
+    python tests/scores.py runs/a runs/b ... --csv results/scores.csv
+
+A run counts as better than chance where its mean lies outside the 95% bootstrap interval of the random player's mean.
+"""
+import csv
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from iris_tokenizer import IrisError
+from iris_train import load_agent, play_test_episodes
+
+
+@dataclass
+class Options:
+    """Scores of test games, for each run and for a random player of its game."""
+
+    runs: tyro.conf.Positional[list[str]]  # Run folders
+    csv: str = "scores.csv"  # A line each: game, player, seed, epoch, temperature, mean, its 95% interval, all scores
+    games: int = 20  # Test games of each player
+    seed: int = 7  # Of the games
+
+
+def bootstrap_interval(scores: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """Scores (N,) -> bounds that hold 95% of the means of N scores drawn from them with replacement."""
+    means = np.random.default_rng(0).choice(scores, (draws, len(scores))).mean(axis=1)
+    return tuple(np.quantile(means, [0.025, 0.975]).tolist())
+
+
+def main(options: Options) -> None:
+    rows, random_players = [], {}
+    for folder in options.runs:
+        agent, args = load_agent(folder)
+        epoch = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)["epoch"]
+        for temperature in [args.test_temperature, *([] if args.env_id in random_players else [float("inf")])]:
+            torch.manual_seed(options.seed)
+            settings = replace(args, test_episodes=options.games, test_envs=16, test_temperature=temperature)
+            games = play_test_episodes(agent, settings, torch.device("cpu"), options.seed, keep=0)
+            scores = np.array([game["return"] for game in games])
+            low, high = bootstrap_interval(scores)
+            is_random = temperature == float("inf")
+            who = ("random", "", "") if is_random else ("iris", args.seed, epoch)
+            if is_random:
+                random_players[args.env_id] = (low, high)
+            rows.append([args.env_id, *who, temperature, f"{scores.mean():.2f}", f"{low:.2f}", f"{high:.2f}"])
+            rows[-1].append(" ".join(f"{score:g}" for score in scores))
+            print(*rows[-1], flush=True)
+    Path(options.csv).parent.mkdir(parents=True, exist_ok=True)
+    with open(options.csv, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["game", "player", "seed", "epoch", "temperature", "mean", "low", "high", "scores"])
+        writer.writerows(rows)
+    for game, player, seed, *_, mean, _, _, _ in rows:
+        low, high = random_players[game]
+        if player != "random":
+            print(f"{game}, seed {seed}: {'within' if low <= float(mean) <= high else 'outside'} chance's interval")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except IrisError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
