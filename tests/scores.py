@@ -15,7 +15,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from iris_tokenizer import IrisError
-from iris_train import load_agent, play_test_episodes
+from iris_train import Args, load_agent, play_test_episodes
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Options:
     runs: tyro.conf.Positional[list[str]]  # Run folders
     csv: str = "scores.csv"  # A line each: game, player, seed, epoch, temperature, mean, its 95% interval, all scores
     games: int = 20  # Test games of each player
+    max_frames: int = Args.test_max_frames  # Raw Atari frames after which a game is cut off
     seed: int = 7  # Of the games
 
 
@@ -41,7 +42,10 @@ def main(options: Options) -> None:
         epoch = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)["epoch"]
         for temperature in [args.test_temperature, *([] if args.env_id in random_players else [float("inf")])]:
             torch.manual_seed(options.seed)
-            settings = replace(args, test_episodes=options.games, test_envs=16, test_temperature=temperature)
+            settings = replace(
+                args, test_episodes=options.games, test_envs=16, test_temperature=temperature,
+                test_max_frames=options.max_frames,
+            )  # fmt: skip
             games = play_test_episodes(agent, settings, torch.device("cpu"), options.seed, keep=0)
             scores = np.array([game["return"] for game in games])
             low, high = bootstrap_interval(scores)
