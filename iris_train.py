@@ -95,6 +95,9 @@ class Args:
     collect_temperature: float = 1.0  # Temperature of the policy while collecting
     noop_max: int = 30  # Training games begin with 1 to this many no-ops
     max_frames: int = 20_000  # Raw Atari frames after which a training game is cut off
+    # What all three phases draw uniformly from the replay: an episode, whatever its length, as published; or a step,
+    # so that long episodes, where most rewards are, count by their length
+    draw: Literal["episodes", "steps"] = "episodes"
 
     tokenizer_from: int = 6  # First epoch that trains the tokenizer
     tokenizer_steps: int = 200  # Its optimiser steps an epoch
@@ -141,11 +144,11 @@ PRESETS = {
     # One CPU core or two, about two hours. Pixels are what costs, so nothing but a few convolutions works at full size.
     "laptop": Args(
         preset="laptop",
-        epochs=60, collect_epochs=50, collect_steps=2000, max_frames=10_000, test_max_frames=10_000,
+        epochs=60, collect_epochs=50, collect_steps=2000, max_frames=10_000, draw="steps", test_max_frames=10_000,
         tokenizer_from=3, tokenizer_steps=500, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
         tokenizer_until=14,
         world_model_from=13, world_model_steps=1000, world_model_batch_size=16, world_model_learning_rate=5e-4,
-        actor_critic_from=18, actor_critic_steps=150, actor_critic_batch_size=32, actor_critic_learning_rate=1e-3,
+        actor_critic_from=18, actor_critic_steps=300, actor_critic_batch_size=16, actor_critic_learning_rate=1e-3,
         horizon=10, burn_in=5, entropy_weight=0.003, gamma=0.99, behind_ends=False,
         eval_every=10, test_episodes=8,
         tokenizer=TokenizerConfig(
@@ -380,9 +383,11 @@ class Replay:
     rewards: np.ndarray
     ends: np.ndarray
 
-    def __init__(self, folder: Path, length: int | None = None):
+    def __init__(self, folder: Path, length: int | None = None, draw: str = Args.draw):
         """Makes the files in `folder`; or, given the `length` that a checkpoint speaks of, opens them and forgets what
-        was written after it. Raises IrisError if there are steps already, or fewer than that."""
+        was written after it. `draw` is what `sample` draws uniformly, "episodes" or "steps". Raises IrisError if there
+        are steps already, or fewer than that."""
+        self.draw = draw
         folder.mkdir(parents=True, exist_ok=True)
         self.files = {}
         for name, (dtype, shape) in self.COLUMNS.items():
@@ -423,11 +428,13 @@ class Replay:
     def sample(self, rng: np.random.Generator, n: int, length: int, anchor: str) -> tuple[np.ndarray, np.ndarray]:
         """n segments -> indices of steps (n, length), and mask (n, length), False where a segment sticks out.
 
-        An episode is drawn uniformly, whatever its length. Then, with anchor "start", the first step is uniform over
-        it, and padding is on the right (tokenizer, world model); with "stop" the last step is, and padding is on the
-        left (actor-critic). Padded places hold the index of some step of the same episode.
+        An episode is drawn uniformly, whatever its length, or where `draw` is "steps" in proportion to it. Then, with
+        anchor "start", the first step is uniform over it, and padding is on the right (tokenizer, world model); with
+        "stop" the last step is, and padding is on the left (actor-critic). Padded places hold the index of some step
+        of the same episode.
         """
-        episodes = rng.integers(len(self.starts), size=n)
+        lengths = self.stops - self.starts
+        episodes = rng.choice(len(lengths), n, p=lengths / len(self) if self.draw == "steps" else None)
         starts, stops = self.starts[episodes, None], self.stops[episodes, None]  # (n, 1)
         chosen = rng.integers(starts, stops)  # (n, 1)
         offsets = np.arange(length) if anchor == "start" else np.arange(1 - length, 1)
@@ -435,7 +442,7 @@ class Replay:
         return np.clip(indices, starts, stops - 1), (indices >= starts) & (indices < stops)
 
     def sample_frames(self, rng: np.random.Generator, n: int, device: torch.device) -> Tensor:
-        """n frames (n, 3, 64, 64), of uniformly drawn episodes."""
+        """n frames (n, 3, 64, 64), drawn as in `sample`."""
         return self.frames_at(self.sample(rng, n, 1, "start")[0][:, 0], device)
 
     def frames_at(self, indices: np.ndarray, device: torch.device) -> Tensor:
@@ -1011,7 +1018,7 @@ def build(args: Args) -> Run:
         raise IrisError(f"{folder} holds a run already: --resume {folder} goes on with it; or name another --run-dir")
     lock_file = lock(folder)
     try:
-        replay = Replay(folder / "replay", checkpoint["replay_length"] if checkpoint else None)
+        replay = Replay(folder / "replay", checkpoint["replay_length"] if checkpoint else None, args.draw)
         run = Run(
             args, folder, device, bf16, agent, optimizers, lpips.to(device) if lpips else None,
             Dream(agent.tokenizer, agent.world_model, args.compile), env, replay, np.random.default_rng(args.seed),

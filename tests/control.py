@@ -28,7 +28,8 @@ class Options:
     """Trains an actor-critic on the true game and prints, every 50 updates, how it does."""
 
     env_id: str = "BreakoutNoFrameskip-v4"  # A game
-    updates: int = 1250  # Policy updates, each of 32 games of 10 steps
+    updates: int = 1250  # Policy updates, each of `games` times 10 steps
+    games: int = 32  # Games played side by side
     standardize: bool = PRESETS["laptop"].actor_critic.standardize  # Look at standardised frames
     seed: int = 0  # Seed of everything random
 
@@ -70,7 +71,7 @@ def main(options: Options) -> None:
     args = PRESETS["laptop"]
     torch.manual_seed(options.seed)
     keep_freed_memory()
-    n, device = args.actor_critic_batch_size, torch.device("cpu")
+    n, device = options.games, torch.device("cpu")
     games = TrueGames(options.env_id, n, args.burn_in)
     num_actions = int(games.envs[0].action_space.n)
     actor_critic = ActorCritic(num_actions, replace(args.actor_critic, standardize=options.standardize))

@@ -169,9 +169,9 @@ def test_human_normalised_score_is_0_for_random_and_1_for_human_play():
 # --- replay ----------------------------------------------------------------------------------------------------------
 
 
-def filled_replay(tmp_path, lengths=(5, 1, 12), rest=3):
+def filled_replay(tmp_path, lengths=(5, 1, 12), rest=3, draw="episodes"):
     """Episodes of these lengths and one that goes on; a step's number is in its frame and its reward."""
-    replay, step = Replay(tmp_path / "replay"), 0
+    replay, step = Replay(tmp_path / "replay", draw=draw), 0
     for length, ends in [(length, True) for length in lengths] + [(rest, False)]:
         for i in range(length):
             replay.append(np.full((64, 64, 3), step, np.uint8), step % 4, step, ends and i + 1 == length)
@@ -215,6 +215,16 @@ def test_sampling_draws_episodes_uniformly_and_starts_or_stops_uniformly_within_
         for step in range(begin, stop):
             expected = 1 / 4 / (stop - begin)
             assert (anchored == step).mean() == pytest.approx(expected, abs=4 * (expected / n) ** 0.5)
+
+
+@pytest.mark.parametrize("anchor", ["start", "stop"])
+def test_drawing_steps_starts_or_stops_at_each_step_alike(tmp_path, anchor):
+    replay, n = filled_replay(tmp_path, draw="steps"), 40_000
+    indices, mask = replay.sample(np.random.default_rng(0), n, 6, anchor)
+    place = 0 if anchor == "start" else -1
+    assert mask[:, place].all()
+    shares = np.bincount(indices[:, place], minlength=21) / n
+    assert shares == pytest.approx(np.full(21, 1 / 21), abs=4 * (1 / 21 / n) ** 0.5)
 
 
 @pytest.mark.parametrize("anchor", ["start", "stop"])
