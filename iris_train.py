@@ -33,7 +33,7 @@ import tempfile
 import time
 import zipfile
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Callable, Literal
 
@@ -224,15 +224,16 @@ def check(args: Args) -> None:
 
 
 def args_from_dict(checkpoint: dict, source: Path | str) -> Args:
-    """Args as they stand in a run's checkpoint. Raises IrisError if they are not this program's."""
+    """Args as they stand in a run's checkpoint. Raises IrisError if they are not this program's.
+
+    Arguments younger than the run have their class's default, which is what was done before they came.
+    """
     try:
-        values = dict(checkpoint["args"])
+        values = {"env_id": checkpoint["args"]["env_id"], **checkpoint["args"]}
         for name, config in (
             ("tokenizer", TokenizerConfig), ("world_model", WorldModelConfig), ("actor_critic", ActorCriticConfig)
         ):  # fmt: skip
             values[name] = config(**values[name])
-        if missing := {argument.name for argument in fields(Args)} - set(values):
-            raise KeyError(f"it lacks {', '.join(sorted(missing))}")
         return Args(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise IrisError(f"{source} is no checkpoint of an IRIS run of this version ({error})") from error

@@ -1,4 +1,6 @@
 """Chapter 4's promises, piece by piece; test_command_line.py tests it as a user meets it."""
+import dataclasses
+
 import ale_py
 import gymnasium as gym
 import numpy as np
@@ -511,6 +513,15 @@ def test_a_checkpoint_of_another_version_is_refused(run, key):
     torch.save(content, path)
     with pytest.raises(IrisError, match="of this version|of an IRIS run"):
         iris_train.build(parse_args(["--resume", str(run.folder)]))
+
+
+def test_a_run_older_than_an_argument_has_that_arguments_default(run):
+    iris_train.save_checkpoint(run, 0)
+    path = run.folder / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    del content["args"]["draw"]
+    torch.save(content, path)
+    assert run.args.draw == "steps" and iris_train.load_agent(path)[1] == dataclasses.replace(run.args, draw="episodes")
 
 
 @pytest.mark.parametrize(
