@@ -2,7 +2,8 @@
 
     python tests/curves.py runs/a runs/b ... --png results/catch.png --csv results/catch.csv --random -0.75
 
-Each run is a thin line, the mean over the runs of a game a thick one.
+Each run is a thin line, the mean over the runs of a game a thick one. Numbers that were kept can be drawn again, beside
+new runs: name the CSV like a run.
 """
 import csv
 import json
@@ -19,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[list[str]]  # Run folders, of one game each
+    runs: tyro.conf.Positional[list[str]]  # Run folders; and CSVs of earlier pictures, with all runs that these hold
     png: str = "curves.png"  # The picture
     csv: str = ""  # The numbers: game, seed, precision, epoch, environment steps, mean test return
     random: float | None = None  # Mean return of random play, drawn as a dotted line
@@ -30,12 +31,24 @@ def read(folder: str) -> dict:
     args = json.loads((Path(folder) / "args.json").read_text())
     events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
     played = {event.step: int(event.value) for event in events.Scalars("environment_steps")}
-    points = [(event.step, played[event.step], event.value) for event in events.Scalars("test/return")]
+    points = [(event.step, played[event.step], round(event.value, 4)) for event in events.Scalars("test/return")]
     return {"game": args["env_id"], "seed": args["seed"], "precision": args["precision"], "points": points}
 
 
+def read_csv(path: str) -> list[dict]:
+    """The runs of a CSV that this script wrote, each as `read` gives it."""
+    runs = defaultdict(list)
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            point = int(row["epoch"]), int(row["environment_steps"]), float(row["mean_return"])
+            runs[row["game"], int(row["seed"]), row["precision"]].append(point)
+    return [{"game": g, "seed": s, "precision": p, "points": points} for (g, s, p), points in runs.items()]
+
+
 def main(args: Args) -> None:
-    runs, games = [read(folder) for folder in args.runs], defaultdict(list)
+    runs, games = [], defaultdict(list)
+    for path in args.runs:
+        runs += read_csv(path) if path.endswith(".csv") else [read(path)]
     for run in runs:
         games[run["game"]].append(run["points"])
     figure, axes = plt.subplots(figsize=(6.4, 3.6), dpi=120, layout="constrained")
