@@ -28,8 +28,10 @@ class Options:
     """Trains an actor-critic on the true game and prints, every 50 updates, how it does."""
 
     env_id: str = "BreakoutNoFrameskip-v4"  # A game
-    updates: int = 1250  # Policy updates, each of `games` times 10 steps
+    updates: int = 1250  # Policy updates, each of `games` times `horizon` steps
     games: int = 32  # Games played side by side
+    horizon: int = 10  # Steps of an update; half a dream's do, for the next update goes on from where this one stopped
+    burn_in: int = 5  # Frames that warm up the LSTM before each
     standardize: bool = PRESETS["laptop"].actor_critic.standardize  # Look at standardised frames
     seed: int = 0  # Seed of everything random
 
@@ -72,7 +74,7 @@ def main(options: Options) -> None:
     torch.manual_seed(options.seed)
     keep_freed_memory()
     n, device = options.games, torch.device("cpu")
-    games = TrueGames(options.env_id, n, args.burn_in)
+    games = TrueGames(options.env_id, n, options.burn_in)
     num_actions = int(games.envs[0].action_space.n)
     actor_critic = ActorCritic(num_actions, replace(args.actor_critic, standardize=options.standardize))
     if options.standardize:
@@ -83,7 +85,7 @@ def main(options: Options) -> None:
     for update in range(1, options.updates + 1):
         with torch.autocast("cpu", torch.bfloat16, enabled=choose_bf16(args, device)):
             state = actor_critic.warm_up(*games.before())
-            rollout = imagine(actor_critic, games, games.frames[-1], state, args.horizon)
+            rollout = imagine(actor_critic, games, games.frames[-1], state, options.horizon)
             losses, metrics = actor_critic_loss(
                 rollout, args.gamma, args.lambda_, args.entropy_weight, args.behind_ends
             )
@@ -100,7 +102,7 @@ def main(options: Options) -> None:
         if update % 50 == 0:
             recent = {key: np.median(values[-50:]) for key, values in columns.items()}
             print(
-                f"update {update}  steps {update * n * args.horizon}  games {len(games.returns)}  return of the last 40 "
+                f"update {update}  steps {update * n * options.horizon}  games {len(games.returns)}  return of the last 40 "
                 f"{np.mean(games.returns[-40:]):.2f}  reward a step {np.mean(columns['imagined_reward'][-50:]):.4f}  "
                 f"entropy {recent['policy_entropy']:.3f}  returns not foreseen by the value {recent['unforeseen']:.0%}  "
                 f"{time.perf_counter() - began:.0f} s",
