@@ -102,8 +102,9 @@ def main(options: Options) -> None:
         if update % 50 == 0:
             recent = {key: np.median(values[-50:]) for key, values in columns.items()}
             print(
-                f"update {update}  steps {update * n * options.horizon}  games {len(games.returns)}  return of the last 40 "
-                f"{np.mean(games.returns[-40:]):.2f}  reward a step {np.mean(columns['imagined_reward'][-50:]):.4f}  "
+                f"update {update}  steps {update * n * options.horizon}  games {len(games.returns)}  "
+                f"return of the last 40 {np.mean(games.returns[-40:]):.2f}  "
+                f"reward a step {np.mean(columns['imagined_reward'][-50:]):.4f}  "
                 f"entropy {recent['policy_entropy']:.3f}  returns not foreseen by the value {recent['unforeseen']:.0%}  "
                 f"{time.perf_counter() - began:.0f} s",
                 flush=True,
