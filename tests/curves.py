@@ -37,12 +37,16 @@ def read(folder: str) -> dict:
 
 def read_csv(path: str) -> list[dict]:
     """The runs of a CSV that this script wrote, each as `read` gives it."""
-    runs = defaultdict(list)
+    runs = []
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
+            run = {"game": row["game"], "seed": int(row["seed"]), "precision": row["precision"]}
             point = int(row["epoch"]), int(row["environment_steps"]), float(row["mean_return"])
-            runs[row["game"], int(row["seed"]), row["precision"]].append(point)
-    return [{"game": g, "seed": s, "precision": p, "points": points} for (g, s, p), points in runs.items()]
+            # Two runs may have the same seed, of two presets; but within a run epochs rise.
+            if not runs or runs[-1] | run != runs[-1] or point[0] <= runs[-1]["points"][-1][0]:
+                runs.append(run | {"points": []})
+            runs[-1]["points"].append(point)
+    return runs
 
 
 def main(args: Args) -> None:
