@@ -238,7 +238,7 @@ class PlainDream:
 class Options:
     """Measures the project beside a plain version of the same mathematics, and beside what the machine can do."""
 
-    preset: Literal["paper", "laptop"] = "paper"  # Sizes
+    preset: Literal["paper", "laptop", "catch"] = "paper"  # Sizes
     device: str = "auto"  # cuda, cpu, ...
     json: str = ""  # File to keep the figures in
     repeat: int = 3  # Repetitions of each measurement, of which the best counts
