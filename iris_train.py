@@ -93,6 +93,9 @@ class Args:
     collect_steps: int = 200  # Environment steps played in each of these (500 x 200 is the 100,000 of Atari 100k)
     collect_epsilon: float = 0.01  # Share of steps with a uniformly random action
     collect_temperature: float = 1.0  # Temperature of the policy while collecting
+    # While no policy has been trained, each action is held for 1 to this many steps, mostly few: dithering never crosses
+    # Freeway's road, so that the first reward is never seen (temporally extended exploration, Dabney et al., 2021)
+    collect_hold: int = 1
     noop_max: int = 30  # Training games begin with 1 to this many no-ops
     max_frames: int = 20_000  # Raw Atari frames after which a training game is cut off
     # What all three phases draw uniformly from the replay: an episode, whatever its length, as published; or a step,
@@ -501,7 +504,8 @@ def collect(run: Run) -> dict[str, float]:
             seen = torch.ones(recent.shape[:2], dtype=torch.bool, device=device)
             state = agent.actor_critic.warm_up(agent.tokenizer.reconstruct(recent[0])[None], seen)
 
-    ended = []
+    ended, held = [], 0
+    untrained = run.epoch < args.actor_critic_from
     for step in trange(length, length + args.collect_steps, desc="collect", leave=False, disable=None):
         with run.autocast():
             actions, state = agent.act(
@@ -510,6 +514,11 @@ def collect(run: Run) -> dict[str, float]:
         action = int(actions)
         if run.rng.random() < args.collect_epsilon:
             action = int(run.rng.integers(run.env.action_space.n))
+        if held > 0:
+            action, held = last_action, held - 1
+        elif untrained and args.collect_hold > 1:
+            held = min(int(run.rng.zipf(2.0)), args.collect_hold) - 1  # n steps in all as often as 1 / n^2
+        last_action = action
         frame, reward, terminated, truncated, info = run.env.step(action)
         if not np.isfinite(reward):
             raise IrisError(f"{args.env_id} gave the reward {reward} at step {step}: mend the environment")

@@ -265,6 +265,20 @@ def test_collect_stores_what_the_game_showed_and_did(run):
     assert metrics["train/episodes"] == ended and metrics["train/length"] == pytest.approx(replay.stops[ended - 1] / ended)
 
 
+def test_actions_are_held_until_the_policy_trains_and_never_by_default(run):
+    def repeats(hold: int, epoch: int) -> float:  # share of steps with the action of the step before
+        run.args.collect_hold, run.epoch, run.args.collect_steps = hold, epoch, 600
+        iris_train.collect(run)
+        actions = run.replay.actions[-600:]
+        return (actions[1:] == actions[:-1]).mean()
+
+    run.args.actor_critic_from = 2
+    chance = 1 / run.env.action_space.n
+    assert repeats(1, 1) == pytest.approx(chance, abs=0.1) == repeats(100, 2)
+    # Holds of k steps, k as often as 1 / k^2 and 100 at most, last 3.8 on average: of as many steps one is a new draw.
+    assert repeats(100, 1) == pytest.approx(1 - (1 - chance) / 3.8, abs=0.12)
+
+
 def test_collecting_in_two_goes_warms_the_memory_up_on_the_latest_frames_of_the_same_episode(run, monkeypatch):
     warmed = []
     warm_up = run.agent.actor_critic.warm_up
