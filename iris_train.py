@@ -162,7 +162,7 @@ PRESETS = {
         world_model=WorldModelConfig(layers=2, width=128, dropout=0.0),
         actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=256, standardize=True),
     ),
-    # The whole algorithm on tests/catch.py, in ten minutes on two CPU cores.
+    # The whole algorithm on tests/catch.py, in a quarter of an hour on one CPU core, or a little more.
     "catch": Args(
         preset="catch", env_id="tests.catch:Catch-v0",
         epochs=28, collect_epochs=28, collect_steps=200, max_frames=10_000,
