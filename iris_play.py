@@ -21,6 +21,7 @@ Read it:  arguments, worlds, controllers, screens, the loop, then evaluation and
 """
 import base64
 import ctypes
+import io
 import json
 import os
 import re
@@ -41,12 +42,11 @@ import tyro
 from torch import Tensor
 
 import iris_train
-from iris_agent import Agent
-from iris_tokenizer import IrisError, download, to_model, to_stored
+from iris_agent import Agent, sample
 from iris_train import (
-    checkpoint_path, choose_bf16, choose_device, load_agent, make_env, play_test_episodes, write_episode,
+    IrisError, checkpoint_path, choose_device, load_agent, make_env, play_test_episodes, to_model, to_stored, write_file,
 )  # fmt: skip
-from iris_world_model import Dream, sample
+from iris_world_model import Dream
 
 PRETRAINED_URL = "https://huggingface.co/eloialonso/iris/resolve/main/pretrained_models/{}.pt"
 NO_DISPLAY = "there is no display here: choose --web (a page in the browser) or --video FILE"
@@ -126,7 +126,8 @@ def find_checkpoint(args: Args) -> Path:
         try:
             if not path.exists():
                 print(f"Fetching {url}", flush=True)
-                download(url, path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path))
         except OSError as error:
             where = f"put {path.name} (from {url}) into {path.parent}"
             raise IrisError(f"can't fetch the agent ({error}): {where}") from error
@@ -343,7 +344,7 @@ class AgentPlayer:
         return f"value {value.item():.2f}   policy {'  '.join(f'{self.names[i]} {shares[i]:.0%}' for i in best)}"
 
     def choose(self, held: list[str]) -> int:
-        return int(sample(self.logits))
+        return int(sample(self.logits[None]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -714,7 +715,9 @@ class Recording:
             frames, actions, rewards, ends = (np.array(column) for column in zip(*self.steps, strict=True))
             columns = {"frames": frames, "actions": actions, "rewards": np.float32(rewards), "ends": np.uint8(ends)}
             try:
-                write_episode(self.path, columns | {"return": float(rewards.sum())})
+                buffer = io.BytesIO()
+                np.savez_compressed(buffer, **columns, **{"return": float(rewards.sum())})
+                write_file(self.path, buffer)
             except OSError as error:
                 raise IrisError(f"can't write {self.path}: {error.strerror}") from error
         self.video.close(keep)
@@ -822,6 +825,20 @@ def play(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def published_scores(env_id: str) -> dict[str, float]:
+    """Method -> mean return in that game, from results/published_scores.csv; empty where there is none."""
+    path = Path(__file__).parent / "results" / "published_scores.csv"
+    game = env_id.split("/")[-1].split("-")[0].removesuffix("NoFrameskip")
+    rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
+    return {method: float(score) for name, method, score in rows if name == game}
+
+
+def human_normalised(env_id: str, mean_return: float) -> float | None:
+    """0 for random play, 1 for a human's; None for a game without published scores."""
+    scores = published_scores(env_id)
+    return (mean_return - scores["random"]) / (scores["human"] - scores["random"]) if scores else None
+
+
 def evaluate(agent: Agent, train_args: iris_train.Args, args: Args, device: torch.device, checkpoint: Path) -> None:
     """Plays whole test games, at most 16 side by side, and prints what they returned."""
     if args.json:
@@ -837,8 +854,8 @@ def evaluate(agent: Agent, train_args: iris_train.Args, args: Args, device: torc
     games = play_test_episodes(agent, settings, device, args.seed, keep=0)
     seconds, returns = time.perf_counter() - began, np.array([game["return"] for game in games])
     spread = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else None
-    published = iris_train.published_scores(train_args.env_id)
-    score = iris_train.human_normalised(train_args.env_id, returns.mean())
+    published = published_scores(train_args.env_id)
+    score = human_normalised(train_args.env_id, returns.mean())
     statistics = {
         "mean": returns.mean(), "standard_error": spread, "median": np.median(returns), "min": returns.min(),
         "max": returns.max(), "human_normalised": score, "paper": published.get("iris"),
@@ -868,11 +885,10 @@ def main(args: Args) -> None:
     checkpoint = find_checkpoint(args)
     agent, train_args = load_agent(checkpoint)
     train_args.env_id = args.env_id or train_args.env_id
-    device = choose_device(args)
+    train_args.device = args.device
+    device, bf16 = choose_device(train_args)
     agent.to(device)
     torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    bf16 = choose_bf16(train_args, device)
     env = make_env(train_args.env_id, train_args.test_noop_max, train_args.test_max_frames)
     if env.action_space.n != agent.world_model.num_actions:
         raise IrisError(

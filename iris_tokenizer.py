@@ -1,206 +1,139 @@
-"""Chapter 1 of IRIS: frames become tokens, and tokens become frames again.
+"""Chapter 1 of IRIS: a frame becomes 16 tokens, and 16 tokens become a frame.
 
-A transformer continues sequences of symbols, so before it can imagine a game, each frame has to become a short
-sentence of symbols. This file trains a discrete autoencoder (a VQ-VAE; IRIS paper, section 2.1 and appendix):
-the encoder shrinks a frame to a 4x4 grid of vectors, each vector is replaced by the nearest of the 512 vectors of a
-learned codebook, and the decoder paints the frame back from the 16 code numbers alone. What the decoder cannot
-paint from them does not exist for the agent: if the ball is missing here, no policy will ever see it.
+A transformer continues sequences of symbols. Before it can predict a game, each frame has to become a short sequence of
+symbols. This file trains a discrete autoencoder that does so (a VQ-VAE: IRIS, arXiv 2209.00588, section 2.1). The
+encoder turns a frame into a 4x4 grid of vectors. Each vector is replaced by the nearest of 512 learned vectors, the
+codes; their numbers are the tokens. The decoder reconstructs the frame from the tokens alone. What a reconstruction
+lacks does not exist for the agent: if the ball is missing here, no policy will learn to hit it.
 
-    frame (3, 64, 64)                                                             frame (3, 64, 64)
-        |  encoder: five levels, 64 -> 32 -> 16 -> 8 -> 4 pixels                      ^  decoder, the same in
-        v                                                                             |  the other direction
-    vectors (512, 4, 4)  --- nearest code of (512, 512) --->  tokens (16,)  --->  code vectors (512, 4, 4)
+    frame (3, 64, 64)                                                              frame (3, 64, 64)
+       |  encoder: 64 -> 32 -> 16 -> 8 -> 4 pixels                                    ^  decoder: the mirror image
+       v                                                                              |
+    vectors z (16, 512)  --- nearest of 512 codes --->  tokens (16,)  --- look-up --->  codes (16, 512)
 
-Run it alone:   python iris_tokenizer.py      (under two minutes on a laptop: Breakout frames, a small tokenizer,
-                                               and a picture of originals, reconstructions and token maps)
-Reuse it:       copy this file; it needs torch only (its lesson also gymnasium, ale-py, opencv-python, tqdm).
+    gradient:  reconstruction loss  ->  decoder  ->  codes, copied to z  ->  encoder
 
+Run it:    python iris_tokenizer.py     (under a minute on a laptop; opencv-python writes its picture)
+Reuse it:  copy this file; it needs torch only.
+
+    import torch
+    from iris_tokenizer import Tokenizer, TokenizerConfig
+    frames = torch.rand(2, 3, 64, 64)                           # float32 in [0, 1]
     tokenizer = Tokenizer(TokenizerConfig())
-    tokens = tokenizer.encode(frames)         # (N, 3, 64, 64) in [0, 1]  ->  (N, 16) int64
-    frames = tokenizer.decode(tokens)         # and back
-    sum(tokenizer.loss(frames).values()).backward()
+    sum(tokenizer.loss(frames).values()).backward()             # a training step, less the optimiser's part
+    tokens = tokenizer.encode(frames)                           # (2, 16) int64
+    reconstructions = tokenizer.decode(tokens)                  # (2, 3, 64, 64) in [0, 1]
+
+Marks: [paper] is IRIS, [Delta-IRIS] is arXiv 2406.19320, [ours] is neither. All defaults are the paper's.
 """
 import hashlib
-import os
-import threading
-import urllib.request
+import socket
+from collections import OrderedDict
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-FRAME_SIZE = 64
-
-
-class IrisError(Exception):
-    """Something that the person at the keyboard can put right. Its text is one line: what is wrong, what to do."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Frames
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def resize_frame(frame: Tensor) -> Tensor:
-    """Screen (H, W, 3) uint8 -> (64, 64, 3) uint8, by antialiased bilinear interpolation.
-
-    The published agents were trained on Pillow's resize; torch's antialiased one differs from it by one level of 255 at
-    most. An area resize, as in gymnasium's AtariPreprocessing, differs by up to 90, just where Breakout's ball is.
-    """
-    frame = frame.permute(2, 0, 1)[None]  # (1, 3, H, W)
-    frame = F.interpolate(frame, size=(FRAME_SIZE, FRAME_SIZE), mode="bilinear", antialias=True)
-    return frame[0].permute(1, 2, 0).contiguous()
-
-
-def to_model(frames: Tensor) -> Tensor:
-    """Stored frames (..., 64, 64, 3) uint8 -> what all models read: (..., 3, 64, 64) float32 in [0, 1]."""
-    return frames.movedim(-1, -3).float().div(255)
-
-
-def to_stored(frames: Tensor) -> Tensor:
-    """Models' frames (..., 3, 64, 64) in [0, 1] -> (..., 64, 64, 3) uint8."""
-    return frames.mul(255).round().clamp(0, 255).byte().movedim(-3, -1)
-
-
-class Standardize(nn.Module):
-    """Frames (N, 3, 64, 64) in [0, 1] -> what models read: in [-1, 1], and nothing more, as published; or, once `fit`
-    has been called, with the mean frame taken off, and each pixel divided by how much it varies.
-
-    Nearly all of a game's frame is the same at every step. Left in, it is nearly all of what a model sees, and of what
-    a decoder is blamed for, and a ball of one pixel waits until the last brick is learned. Not in the paper.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(3, FRAME_SIZE, FRAME_SIZE))
-        self.register_buffer("std", torch.ones(3, FRAME_SIZE, FRAME_SIZE))
-
-    @torch.no_grad()
-    def fit(self, frames: Tensor) -> None:
-        """Takes mean and deviation of each pixel from frames (N, 3, 64, 64). Once, before training starts."""
-        x = frames.mul(2).sub(1)
-        self.mean.copy_(x.mean(dim=0))
-        # The 0.05 bounds how far a pixel that has hardly ever changed is blown up.
-        self.std.copy_(x.std(dim=0, correction=0) + 0.05)
-
-    @property
-    def fitted(self) -> bool:
-        """Whether `fit` has been called."""
-        return bool((self.std != 1).any())
-
-    def forward(self, frames: Tensor) -> Tensor:
-        return (frames.mul(2).sub(1) - self.mean) / self.std
-
-    def undo(self, x: Tensor) -> Tensor:
-        """What a decoder painted, standardised -> in about [-1, 1]."""
-        return x * self.std + self.mean
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The autoencoder
-# ---------------------------------------------------------------------------------------------------------------------
+FRAME_SIZE = 64  # pixels of a frame, in height and in width
 
 
 @dataclass
 class TokenizerConfig:
-    """Sizes of the tokenizer. The defaults are the paper's (its appendix and published configuration)."""
+    """Sizes and loss weights of the tokenizer. The defaults are the published configuration's."""
 
-    vocab_size: int = 512
-    """Number of codes in the codebook."""
-    code_dim: int = 512
-    """Width of a code, and of the encoder's output."""
-    channels: tuple[int, ...] = (64, 64, 64, 64, 64)
-    """Channels of each level, from 64x64 pixels downwards; each further level halves the height and the width."""
-    blocks: tuple[int, ...] = (2, 2, 2, 2, 2)
-    """Residual blocks of each level of the encoder, unless local. The decoder has one more where this is not zero."""
-    attention_at: tuple[int, ...] = (16, 8)
-    """Resolutions, in pixels, at which each residual block is followed by self-attention."""
-    local_encoder: bool = False
-    """Encode each patch from itself and those right and below: convolutions alone, no residual blocks, attention or
-    norms, through which a ball changes every token. Not the paper's; small world models foresee such tokens sooner."""
-    commitment_weight: float = 1.0
-    """Weight of the commitment term beside the perceptual loss (published configuration)."""
-    pixel_commitment_weight: float = 0.02
-    """The same beside the weight-free pixel loss (Delta-IRIS)."""
-    standardize: bool = False
-    """Read frames with the mean frame taken off and each pixel divided by how much it varies, and paint likewise
-    (`Standardize`). Not the paper's; it lets a small tokenizer see moving things much sooner."""
-    worst_values: int = 1
-    """With the pixel loss: how many of a frame's 12,288 errors, the largest, count a second time (Delta-IRIS: 1)."""
-    worst_weight: float = 0.01
-    """Weight of the mean of these (Delta-IRIS). A ball is about 12 values: 12 of weight 0.1 paint it much sooner."""
-    revive_after: int = 50
-    """With the pixel loss: training batches without use after which a code is moved to where it is needed."""
+    vocab_size: int = 512  # Number of codes, V
+    code_dim: int = 512  # Width of a code and of the encoder's outputs, D
+    channels: tuple[int, ...] = (64, 64, 64, 64, 64)  # Of each level; a level has half the pixels of the one before
+    blocks: tuple[int, ...] = (2, 2, 2, 2, 2)  # Residual blocks of each level; the decoder's has one more, unless 0
+    attention_at: tuple[int, ...] = (16, 8)  # Resolutions, in pixels, at which self-attention follows each block
+    commitment_weight: float = 1.0  # Of the commitment term beside the perceptual loss
+    pixel_commitment_weight: float = 0.02  # Of the commitment term beside the pixel loss [Delta-IRIS]
+    worst_values: int = 1  # Pixel loss: how many of a frame's 12,288 errors, the largest, count extra [Delta-IRIS]
+    worst_weight: float = 0.01  # Pixel loss: weight of the mean of their squares [Delta-IRIS]
+    revive_after: int = 50  # Pixel loss: training batches without use after which a code is moved [ours]
+    local_encoder: bool = False  # Strided convolutions alone, so that what moves changes nearby tokens only [ours]
+    standardize: bool = False  # Scale each pixel by its own mean and deviation, in place of 0.5 and 0.5 [ours]
 
     @property
     def tokens_per_frame(self) -> int:
         return (FRAME_SIZE >> (len(self.channels) - 1)) ** 2
 
 
+# --- The codebook: vectors become tokens (vector quantisation, van den Oord et al., arXiv 1711.00937) -----------------
+class Codebook(nn.Embedding):
+    """V codes of width D. Called with tokens (...), it returns their codes (..., D), as any embedding does."""
+
+    def __init__(self, vocab_size: int, code_dim: int):
+        super().__init__(vocab_size, code_dim)
+        nn.init.uniform_(self.weight, -1 / vocab_size, 1 / vocab_size)
+        self.register_buffer("unused_for", torch.zeros(vocab_size, dtype=torch.int64))  # batches since each was used
+
+    @torch.no_grad()
+    def nearest(self, z: Tensor) -> Tensor:
+        """Vectors (..., D) -> tokens (...) int64, the numbers of the nearest codes. No gradient.
+
+        |z - e|^2 = |z|^2 - 2 z.e + |e|^2, of which |z|^2 is the same for all codes e and left out. In float32 under
+        autocast too, for in bfloat16 the distances to close codes are equal.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            return (self.weight.square().sum(dim=1) - 2 * z.float() @ self.weight.T).argmin(dim=-1)
+
+    def quantize(self, z: Tensor, commitment_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Vectors (..., D) -> their nearest codes, with a gradient for z, and two losses that pull them together."""
+        codes = self(self.nearest(z))
+        losses = {
+            "codebook": F.mse_loss(codes, z.detach()),  # moves the codes towards the vectors
+            "commitment": commitment_weight * F.mse_loss(z, codes.detach()),  # moves the vectors towards the codes
+        }
+        # The choice of the nearest code has no derivative. Straight-through estimator: the value is that of the codes,
+        # and the gradient that arrives here is passed to z unchanged.
+        return z + (codes - z).detach(), losses
+
+    @torch.no_grad()
+    def revive(self, z: Tensor, after: int) -> None:
+        """Moves each code that the last `after` batches did not use to one of this batch's vectors z (..., D) [ours].
+
+        A code that is nearest to nothing gets no gradient and stays unused. Vectors far from all codes are the likelier
+        new places: each is drawn with a probability proportional to its squared distance from its nearest code, all at
+        once (k-means++ would renew the distances after each draw). Call it before `loss`.
+        """
+        z = z.flatten(0, -2)  # (M, D)
+        tokens = self.nearest(z)  # (M,)
+        self.unused_for.add_(1).index_fill_(0, tokens, 0)
+        unused = self.unused_for > after  # (V,)
+        squared = (z - self(tokens)).square().sum(dim=1) + 1e-12  # (M,)
+        squared = squared.nan_to_num(nan=1.0, posinf=1.0)  # if training diverged, the loss will tell
+        places = z[torch.multinomial(squared, len(self.weight), replacement=True)]  # (V, D)
+        self.weight.copy_(torch.where(unused[:, None], places, self.weight))
+        self.unused_for.masked_fill_(unused, 0)
+
+
+# --- Encoder and decoder; layers carry the published names ------------------------------------------------------------
 def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
 
 
-class GroupNormGradient(torch.autograd.Function):
-    """Group normalisation with its backward pass written out: two sums over the pixels, and two multiply-adds.
-
-    With x^ = (x - mean) / std and g = weight * dy, dx = (g - mean(g) - x^ * mean(g * x^)) / std, means over a group.
-    Both means follow from two sums over the pixels of each channel, and dx is then a * dy + b * x + c, with numbers
-    a, b, c for each frame and channel. torch's own backward does the same arithmetic, but on a CPU much slower when
-    groups are as small as here (2 channels), and most of all in bfloat16 (README, "Speed").
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        n, c, h, w = x.shape
-        y, mean, rstd = torch.native_group_norm(x.float(), weight, bias, n, c, h * w, groups, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)  # mean, rstd = 1 / std: (N, groups)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        x, weight, mean, rstd = ctx.saved_tensors
-        x, (n, c, h, w), groups = x.float(), x.shape, mean.shape[1]
-        sum_dy = dy.sum(dim=(2, 3)).view(n, groups, -1)  # (N, groups, channels of a group)
-        sum_dyx = (dy * x).sum(dim=(2, 3)).view(n, groups, -1)
-        mean, rstd, scale = mean[..., None], rstd[..., None], weight.view(groups, -1)
-        sum_dyx_hat = (sum_dyx - mean * sum_dy) * rstd  # sums of dy * x^
-        size = h * w * c // groups
-        b = -rstd.square() * (scale * sum_dyx_hat).sum(dim=2, keepdim=True) / size  # (N, groups, 1)
-        constant = -rstd * (scale * sum_dy).sum(dim=2, keepdim=True) / size - b * mean
-
-        def per_channel(numbers: Tensor) -> Tensor:
-            return numbers.expand(n, groups, c // groups).reshape(n, c, 1, 1)
-
-        dx = torch.addcmul(per_channel(constant), x, per_channel(b)).addcmul_(dy, per_channel(rstd * scale))
-        return dx, sum_dyx_hat.sum(dim=0).flatten(), sum_dy.sum(dim=0).flatten(), None, None
-
-
 class GroupNorm(nn.GroupNorm):
-    """(N, C, H, W) -> the same, each group of channels with mean 0 and deviation 1. In float32, whatever comes in."""
+    """32 groups, in float32: CUDA's autocast does that by itself, the CPU's does not."""
+
+    def __init__(self, channels: int):
+        super().__init__(num_groups=min(32, channels), num_channels=channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            return GroupNormGradient.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-        return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps)
-
-
-def norm(channels: int) -> GroupNorm:
-    return GroupNorm(num_groups=min(32, channels), num_channels=channels, eps=1e-6)
+        return super().forward(x.float())
 
 
 class ResidualBlock(nn.Module):
-    """x + two 3x3 convolutions, each behind a normalisation and a SiLU ("pre-activation"). Shape is kept."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))). Keeps the shape (N, C, H, W)."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm1, self.conv1 = norm(channels), conv3x3(channels, channels)
-        self.norm2, self.conv2 = norm(channels), conv3x3(channels, channels)
+        self.norm1 = GroupNorm(channels)
+        self.conv1 = conv3x3(channels, channels)
+        self.norm2 = GroupNorm(channels)
+        self.conv2 = conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -208,429 +141,326 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """x + single-head attention of every pixel to every pixel. A convolution sees its neighbours; this lets a
-    paddle at the bottom know of a ball at the top. Shape is kept."""
+    """x + single-head attention among all pixels, which a few 3x3 convolutions do not connect. Keeps (N, C, H, W)."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
-        self.out = nn.Conv2d(channels, channels, kernel_size=1)
+        self.norm = GroupNorm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, kernel_size=1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, 1, c))  # (N, 3, 1 head, C, HW)
-        q, k, v = qkv.transpose(3, 4).unbind(dim=1)  # each (N, 1, HW, C)
-        attended = F.scaled_dot_product_attention(q, k, v)  # (N, 1, HW, C)
-        return x + self.out(attended.transpose(2, 3).reshape(n, c, h, w))
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # (N, 1, HW, C)
+        attended = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (N, HW, C)
+        return x + self.proj_out(attended.transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
-    """Halves height and width: (N, C, H, W) -> (N, C', H/2, W/2).
-
-    The padding is one pixel on the right and at the bottom only, so that every output pixel looks at the 2x2 pixels it
-    stands for and one beyond. Published weights expect this; with symmetric padding it would look further left and up.
-    """
-
-    def __init__(self, channels_in: int, channels_out: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels_out, kernel_size=3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+def downsample(channels_in: int, channels_out: int) -> nn.Sequential:
+    """(N, C, H, W) -> (N, C', H/2, W/2). Padding is on the right and at the bottom only, as published weights expect:
+    an output pixel sees the 2x2 pixels in its place, and one column and one row beyond them."""
+    conv = nn.Conv2d(channels_in, channels_out, kernel_size=3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
-class Upsample(nn.Module):
-    """Doubles height and width: (N, C, H, W) -> (N, C', 2H, 2W). Copying pixels and then smoothing them leaves no
-    checkerboard, as a transposed convolution would."""
+def upsample(channels_in: int, channels_out: int) -> nn.Sequential:
+    """(N, C, H, W) -> (N, C', 2H, 2W)."""
+    copy = nn.Upsample(scale_factor=2.0, mode="nearest")
+    return nn.Sequential(OrderedDict(copy=copy, conv=conv3x3(channels_in, channels_out)))
 
-    def __init__(self, channels_in: int, channels_out: int):
-        super().__init__()
-        self.conv = conv3x3(channels_in, channels_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def level_blocks(name: str, count: int, channels: int, attention: bool) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {}
+    for i in range(count):
+        layers[f"{name}_block_{i}"] = ResidualBlock(channels)
+        if attention:
+            layers[f"{name}_attn_{i}"] = SelfAttention(channels)
+    return layers
+
+
+def middle(channels: int) -> dict[str, nn.Module]:
+    block_1, attn_1, block_2 = ResidualBlock(channels), SelfAttention(channels), ResidualBlock(channels)
+    return {"mid_block_1": block_1, "mid_attn_1": attn_1, "mid_block_2": block_2}
+
+
+def output(channels_in: int, channels_out: int) -> dict[str, nn.Module]:
+    return {"norm_out": GroupNorm(channels_in), "silu_out": nn.SiLU(), "conv_out": conv3x3(channels_in, channels_out)}
 
 
 def build_encoder(config: TokenizerConfig) -> nn.Sequential:
-    """(N, 3, 64, 64) in [-1, 1] -> (N, code_dim, 4, 4)."""
-    layers: list[nn.Module]
-    if config.local_encoder:
-        layers = [conv3x3(3, config.channels[0]), nn.SiLU()]
-        for channels_in, channels_out in pairwise(config.channels):
-            layers += [Downsample(channels_in, channels_out), nn.SiLU()]
-        return nn.Sequential(*layers, nn.Conv2d(config.channels[-1], config.code_dim, kernel_size=1))
-    levels = list(zip(config.channels, config.blocks, strict=True))
-    layers = [conv3x3(3, config.channels[0])]
-    for level, (channels, blocks) in enumerate(levels):
-        for _ in range(blocks):
-            layers.append(ResidualBlock(channels))
-            if FRAME_SIZE >> level in config.attention_at:
-                layers.append(SelfAttention(channels))
-        if level + 1 < len(levels):
-            layers.append(Downsample(channels, config.channels[level + 1]))
-    layers += [ResidualBlock(channels), SelfAttention(channels), ResidualBlock(channels)]
-    layers += [norm(channels), nn.SiLU(), conv3x3(channels, config.code_dim)]
-    return nn.Sequential(*layers)
+    """(N, 3, 64, 64) in [-1, 1] -> (N, D, 4, 4)."""
+    channels = config.channels
+    layers: dict[str, nn.Module] = {"conv_in": conv3x3(3, channels[0])}
+    for level, (width, blocks) in enumerate(zip(channels, config.blocks, strict=True)):
+        layers |= level_blocks(f"down_{level}", blocks, width, FRAME_SIZE >> level in config.attention_at)
+        if level + 1 < len(channels):
+            layers[f"down_{level}_downsample"] = downsample(width, channels[level + 1])
+    return nn.Sequential(OrderedDict(layers | middle(channels[-1]) | output(channels[-1], config.code_dim)))
 
 
 def build_decoder(config: TokenizerConfig) -> nn.Sequential:
-    """(N, code_dim, 4, 4) -> (N, 3, 64, 64), about in [-1, 1]. The encoder's mirror image, one block a level richer."""
-    levels = list(zip(config.channels, config.blocks, strict=True))
-    channels = config.channels[-1]
-    layers: list[nn.Module] = [conv3x3(config.code_dim, channels)]
-    layers += [ResidualBlock(channels), SelfAttention(channels), ResidualBlock(channels)]
-    for level, (channels, blocks) in reversed(list(enumerate(levels))):
-        for _ in range(blocks + 1 if blocks else 0):
-            layers.append(ResidualBlock(channels))
-            if FRAME_SIZE >> level in config.attention_at:
-                layers.append(SelfAttention(channels))
+    """(N, D, 4, 4) -> (N, 3, 64, 64), about in [-1, 1]. The encoder's mirror image, one block a level richer."""
+    channels = config.channels
+    layers: dict[str, nn.Module] = {"conv_in": conv3x3(config.code_dim, channels[-1])} | middle(channels[-1])
+    for level, (width, blocks) in reversed(list(enumerate(zip(channels, config.blocks, strict=True)))):
+        blocks = blocks + 1 if blocks else 0
+        layers |= level_blocks(f"up_{level}", blocks, width, FRAME_SIZE >> level in config.attention_at)
         if level > 0:
-            layers.append(Upsample(channels, config.channels[level - 1]))
-    layers += [norm(channels), nn.SiLU(), conv3x3(channels, 3)]
-    return nn.Sequential(*layers)
+            layers[f"up_{level}_upsample"] = upsample(width, channels[level - 1])
+    return nn.Sequential(OrderedDict(layers | output(channels[0], 3)))
 
 
+# --- The tokenizer ----------------------------------------------------------------------------------------------------
 class Tokenizer(nn.Module):
-    """Frames <-> tokens (paper, section 2.1). 4,027,523 parameters with the default sizes.
+    """Frames <-> tokens [paper, section 2.1]. 4,027,523 parameters with the default sizes.
 
-    Frames are (N, 3, 64, 64) float32 in [0, 1], tokens (N, K) int64 in [0, vocab_size), K = 16 in reading order (left
-    to right, top to bottom).
+    Frames are (N, 3, 64, 64) float32 in [0, 1]; tokens are (N, K) int64 in [0, V), K = 16, in reading order.
     """
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.config = config
-        self.revive_after = config.revive_after
-        self.standardize = Standardize()
-        self.encoder = build_encoder(config)
+        self.register_buffer("mean", torch.full((3, FRAME_SIZE, FRAME_SIZE), 0.5))  # with both 0.5, [0, 1] becomes
+        self.register_buffer("std", torch.full((3, FRAME_SIZE, FRAME_SIZE), 0.5))  # [-1, 1]
+        self.encoder = build_local_encoder(config) if config.local_encoder else build_encoder(config)
         self.pre_quantization = nn.Conv2d(config.code_dim, config.code_dim, kernel_size=1)
-        self.codebook = nn.Embedding(config.vocab_size, config.code_dim)
+        self.codebook = Codebook(config.vocab_size, config.code_dim)
         self.post_quantization = nn.Conv2d(config.code_dim, config.code_dim, kernel_size=1)
         self.decoder = build_decoder(config)
-        nn.init.uniform_(self.codebook.weight, -1 / config.vocab_size, 1 / config.vocab_size)
-        # Steps since each code was last used. A buffer, because an exact resume needs it.
-        self.register_buffer("code_age", torch.zeros(config.vocab_size, dtype=torch.int64))
-        self.to(memory_format=torch.channels_last)  # no other numbers, but faster convolutions on CPU and GPU
+        self.to(memory_format=torch.channels_last)  # for speed: the same numbers, laid out as convolutions like them
 
-    def _vectors(self, frames: Tensor) -> Tensor:
-        """Frames -> encoder outputs, one row a token: (N * K, code_dim) float32."""
-        x = self.standardize(frames).contiguous(memory_format=torch.channels_last)
-        z = self.pre_quantization(self.encoder(x))  # (N, D, 4, 4)
-        return z.permute(0, 2, 3, 1).reshape(-1, self.config.code_dim).float()
+    def encoder_outputs(self, frames: Tensor) -> Tensor:
+        """Frames (N, 3, 64, 64) in [0, 1] -> vectors z (N, K, D) float32, with gradient."""
+        x = ((frames - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return self.pre_quantization(self.encoder(x)).flatten(2).transpose(1, 2).float()
 
-    def _relative_distances(self, vectors: Tensor) -> Tensor:
-        """Vectors (M, D) -> squared distances to all codes (M, V), less |z|^2, which is the same for all codes:
-        |z - e|^2 = |z|^2 - 2 z.e + |e|^2.
+    def decoder_outputs(self, codes: Tensor) -> Tensor:
+        """Codes (N, K, D) -> frames (N, 3, 64, 64) float32, about in [0, 1] but not clamped, with gradient."""
+        side = FRAME_SIZE >> (len(self.config.channels) - 1)  # 4
+        x = codes.transpose(1, 2).unflatten(2, (side, side))  # (N, D, 4, 4)
+        return self.decoder(self.post_quantization(x)).float() * self.std + self.mean
 
-        Always in whole float32: in bfloat16 or TF32 the distances to two neighbouring codes are often the same number.
-        """
-        matmul = torch.backends.cuda.matmul
-        precision, matmul.fp32_precision = matmul.fp32_precision, "ieee"  # no TF32
-        try:
-            with torch.autocast(vectors.device.type, enabled=False):
-                codes = self.codebook.weight.float()
-                return codes.square().sum(1) - 2 * vectors @ codes.T
-        finally:
-            matmul.fp32_precision = precision
-
-    def _paint(self, codes: Tensor) -> Tensor:
-        """Code vectors (N * K, D) -> frames (N, 3, 64, 64), about in [-1, 1]."""
-        side = int(self.config.tokens_per_frame**0.5)
-        z = codes.reshape(-1, side, side, self.config.code_dim).permute(0, 3, 1, 2)  # (N, D, 4, 4), channels last
-        return self.standardize.undo(self.decoder(self.post_quantization(z)).float())
-
+    @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """Frames (N, 3, 64, 64) in [0, 1] -> tokens (N, K) int64. No gradient."""
-        with torch.no_grad():
-            nearest = self._relative_distances(self._vectors(frames)).argmin(dim=1)  # (N * K,)
-            return nearest.reshape(len(frames), self.config.tokens_per_frame)
+        return self.codebook.nearest(self.encoder_outputs(frames))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens (N, K) int64 -> frames (N, 3, 64, 64), clamped to [0, 1]."""
-        codes = self.codebook(tokens.reshape(-1))  # (N * K, D)
-        return self._paint(codes).add(1).div(2).clamp(0, 1)
+        """Tokens (N, K) int64 -> frames (N, 3, 64, 64), clamped to [0, 1]. With gradient, unless called in no_grad."""
+        return self.decoder_outputs(self.codebook(tokens)).clamp(0, 1)
 
     @torch.no_grad()
     def reconstruct(self, frames: Tensor) -> Tensor:
-        """What is left of frames (N, 3, 64, 64) after going through the tokens. No gradient."""
+        """Frames (N, 3, 64, 64) in [0, 1] -> decode(encode(frames)): what the agent gets to see. No gradient."""
         return self.decode(self.encode(frames))
 
-    def loss(self, frames: Tensor, lpips: "Lpips | None" = None) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def fit_pixels(self, frames: Tensor) -> None:
+        """Takes mean and std of each pixel from frames (N, 3, 64, 64) in [0, 1], once, before training [ours].
+
+        Most pixels hardly change. Scaled by their own std, what moves is most of what is seen and reconstructed.
+        """
+        self.mean.copy_(frames.mean(dim=0))
+        self.std.copy_(frames.std(dim=0, correction=0) + 0.025)  # bounds the scale of a pixel that never changes
+
+    def loss(self, frames: Tensor, lpips: "Lpips | None" = None, z: Tensor | None = None) -> dict[str, Tensor]:
         """Frames (N, 3, 64, 64) in [0, 1] -> named scalar losses, whose sum is minimised.
 
-        With `lpips`: the paper's loss (its section 2.1). Without: the weight-free pixel loss of Delta-IRIS, and, in
-        training mode, codes that have not been used for long are moved (`revive_codes`).
+        With `lpips` the reconstruction loss is the paper's, without it the weight-free pixel loss. `z` is
+        `encoder_outputs(frames)`, for a caller that has it already (see `Codebook.revive`).
         """
-        vectors = self._vectors(frames)  # (N * K, D)
-        with torch.no_grad():
-            distances = self._relative_distances(vectors)  # (N * K, V)
-            if self.training and lpips is None:
-                distances = self.revive_codes(vectors, distances)
-        codes = self.codebook(distances.argmin(dim=1))  # (N * K, D)
-        # The nearest-code choice has no derivative. Straight-through: forwards the decoder gets the code, backwards
-        # the gradient that arrives at the code is handed to the encoder's vector as it is.
-        painted = self._paint(vectors + (codes - vectors).detach())  # (N, 3, 64, 64)
-
-        # Two pulls on the same distance: the codebook term moves codes to the vectors, commitment the vectors to codes.
-        losses = {"codebook": F.mse_loss(codes, vectors.detach())}
-        commitment = F.mse_loss(vectors, codes.detach())
-        if lpips is not None:
-            target = frames.mul(2).sub(1)
-            losses["reconstruction"] = F.l1_loss(painted, target)
-            losses["perceptual"] = lpips(painted, target).mean()
-            losses["commitment"] = self.config.commitment_weight * commitment
-        else:
-            # A ball is 4 of 4,096 pixels: a mean forgets it, the worst errors of the frame do not.
-            error = (painted + 1) / 2 - frames
-            worst = error.square().flatten(1).topk(self.config.worst_values, dim=1).values.mean()
-            everywhere = 0.1 * error.abs().mean() + error.square().mean()
-            losses["reconstruction"] = everywhere + self.config.worst_weight * worst
-            losses["commitment"] = self.config.pixel_commitment_weight * commitment
-        return losses
-
-    def revive_codes(self, vectors: Tensor, distances: Tensor) -> Tensor:
-        """Moves codes that no frame has used for `revive_after` steps onto encoder outputs of this batch.
-
-        A code that is nearest to nothing gets no gradient, so it stays dead; a young tokenizer soon paints everything
-        with a handful of codes. The new places are drawn in proportion to the squared distance to the nearest living
-        code (the k-means++ rule): there the codebook is poorest, and there the small moving things are.
-        All shapes are fixed and nothing is read back to the host. Vectors (M, D), distances (M, V); returns the
-        distances to the codebook as it now is.
-        """
-        nearest, tokens = distances.min(dim=1)  # (M,) both
-        self.code_age += 1
-        self.code_age.index_fill_(0, tokens, 0)
-        dead = self.code_age > self.revive_after  # (V,)
-        badly_served = (nearest + vectors.square().sum(1)).clamp(min=0) + 1e-12  # (M,), the whole squared distance
-        badly_served = badly_served.nan_to_num(nan=1.0, posinf=1.0)  # a run that diverges is reported elsewhere
-        places = vectors[torch.multinomial(badly_served, len(dead), replacement=True)]  # (V, D)
-        self.codebook.weight.data.copy_(torch.where(dead[:, None], places, self.codebook.weight))
-        self.code_age.masked_fill_(dead, 0)
-        return self._relative_distances(vectors)
+        config = self.config
+        z = self.encoder_outputs(frames) if z is None else z
+        codes, losses = self.codebook.quantize(z, config.commitment_weight if lpips else config.pixel_commitment_weight)
+        outputs = self.decoder_outputs(codes)
+        if lpips:
+            return losses | paper_loss(outputs, frames, lpips)
+        return losses | pixel_loss(outputs, frames, config.worst_values, config.worst_weight)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Perceptual loss (LPIPS, Zhang et al., CVPR 2018): two pictures are alike if a trained network sees the same in them
-# ---------------------------------------------------------------------------------------------------------------------
+def paper_loss(outputs: Tensor, frames: Tensor, lpips: "Lpips") -> dict[str, Tensor]:
+    """mean |x - x'| + LPIPS(x, x'), for frames x and outputs x' scaled to [-1, 1] [paper]."""
+    x, y = 2 * frames - 1, 2 * outputs - 1
+    return {"reconstruction": F.l1_loss(y, x), "perceptual": lpips(y, x).mean()}
 
-VGG16_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # a 2x2 max-pool between
+
+def pixel_loss(outputs: Tensor, frames: Tensor, worst_values: int, worst_weight: float) -> dict[str, Tensor]:
+    """0.1 mean |d| + mean d^2 + weight * mean of each frame's largest d^2, for d = outputs - frames [Delta-IRIS].
+
+    A ball is 4 of 4,096 pixels. It hardly changes a mean, but its error is among the largest of the frame.
+    """
+    d = outputs - frames
+    worst = d.square().flatten(1).topk(worst_values, dim=1).values.mean()
+    return {"reconstruction": 0.1 * d.abs().mean() + d.square().mean() + worst_weight * worst}
 
 
+# --- LPIPS, the perceptual loss (Zhang et al., arXiv 1801.03924): images are alike if VGG16's features of them are ----
 class Lpips(nn.Module):
-    """Distance of pictures x, y (N, 3, H, W) in [-1, 1] -> (N,), in LPIPS v0.1 with VGG16. Frozen.
+    """Images x, y (N, 3, H, W) in [-1, 1] -> their distance (N,). LPIPS v0.1 with VGG16; its weights are frozen.
 
-    `vgg16_state_dict` is torchvision's (features.0.weight ...), `linear_state_dict` LPIPS's (lin0.model.1.weight ...);
-    `load_lpips` fetches both.
+    The keys are torchvision's (features.0.weight ...) and LPIPS's (lin0.model.1.weight ...). `load_lpips` fetches both.
     """
 
     def __init__(self, vgg16_state_dict: dict[str, Tensor], linear_state_dict: dict[str, Tensor]):
         super().__init__()
-        self.stages = nn.ModuleList()
-        channels, index = 3, 0  # index counts torchvision's layers: a convolution, its ReLU, ..., the pool
-        for widths in VGG16_WIDTHS:
-            stage = nn.Sequential()
-            if channels != 3:
-                stage.append(nn.MaxPool2d(2))
+        self.stages = nn.ModuleList()  # a stage ends where features are compared
+        channels, index = 3, 0  # torchvision numbers all layers: convolution 0, ReLU 1, convolution 2, ReLU 3, pool 4
+        for i, widths in enumerate(((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)):
+            stage = nn.Sequential(nn.MaxPool2d(2) if i else nn.Identity())
             for width in widths:
                 conv = conv3x3(channels, width)
-                conv.weight.data.copy_(vgg16_state_dict[f"features.{index}.weight"])
-                conv.bias.data.copy_(vgg16_state_dict[f"features.{index}.bias"])
+                conv.load_state_dict({k: vgg16_state_dict[f"features.{index}.{k}"] for k in ("weight", "bias")})
                 stage.extend([conv, nn.ReLU(inplace=True)])
                 channels, index = width, index + 2
             index += 1
             self.stages.append(stage)
-        for i in range(len(VGG16_WIDTHS)):
             self.register_buffer(f"linear{i}", linear_state_dict[f"lin{i}.model.1.weight"].clone())  # (1, C, 1, 1)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.register_buffer("divisor", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
         self.requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        h = (torch.cat([x, y]) - self.shift) / self.scale  # (2N, 3, H, W): one pass for both
+        h = (torch.cat([x, y]) - self.shift) / self.divisor  # (2N, 3, H, W)
         distance = torch.zeros(len(x), device=x.device)
         for i, stage in enumerate(self.stages):
-            h = stage(h)  # (2N, C, H, W), C and size of this stage
-            features = h.float()
-            features = features / (features.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
-            of_x, of_y = features.chunk(2)
-            weighted = (of_x - of_y).square() * getattr(self, f"linear{i}")
-            distance = distance + weighted.sum(dim=1).mean(dim=(1, 2))
+            h = stage(h)  # (2N, C, H', W')
+            unit = h.float() / (h.float().square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
+            difference = (unit[: len(x)] - unit[len(x) :]).square() * getattr(self, f"linear{i}")
+            distance = distance + difference.sum(dim=1).mean(dim=(1, 2))
         return distance
 
 
-# name in torch.hub's cache: (address, kind of hash, how the file's hash begins)
-LPIPS_FILES = {
+LPIPS_FILES = {  # name in torch.hub's cache: (address, kind of hash, beginning of the hash)
     "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth", "sha256", "397923af"),
     "lpips_v0.1_vgg.pth": (
-        "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
-        "md5",
+        "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth", "md5",
         "d507d7349b931f0638a25a48a722f98a",
     ),
-}
-NETWORK_PATIENCE = 10.0  # seconds until a network that does not answer is given up
+}  # fmt: skip
 
 
 def load_lpips() -> Lpips:
-    """The perceptual network, from torch.hub's cache (TORCH_HOME), fetching what is missing.
+    """LPIPS with its published weights, which are fetched into torch.hub's cache (TORCH_HOME) where they are missing.
 
-    Raises IrisError, naming both files and where to put them, if one is missing and can't be fetched, or is damaged.
+    Raises OSError, in one line with both addresses and the folder, if a file can't be fetched or is damaged. A network
+    that does not answer is given up after 10 seconds.
     """
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder, timeout = Path(torch.hub.get_dir()) / "checkpoints", socket.getdefaulttimeout()
     try:
+        socket.setdefaulttimeout(10.0)
+        folder.mkdir(parents=True, exist_ok=True)
         for name, (url, kind, digest) in LPIPS_FILES.items():
             if not (folder / name).exists():
-                download(url, folder / name)
-            with open(folder / name, "rb") as file:
-                if not hashlib.file_digest(file, kind).hexdigest().startswith(digest):
-                    raise OSError(f"{name} is damaged (its {kind} does not begin with {digest}); delete it")
-        vgg16, linear = (torch.load(folder / name, map_location="cpu", weights_only=True) for name in LPIPS_FILES)
-        return Lpips(vgg16, linear)
-    except (OSError, KeyError, RuntimeError) as error:
-        sources = " and ".join(f"{name} (from {url})" for name, (url, _, _) in LPIPS_FILES.items())
-        raise IrisError(f"no LPIPS weights: {error}. Put {sources} into {folder}") from error
-
-
-def download(url: str, target: Path) -> None:
-    """Fetches `url` into the file `target`, which appears only when complete. Raises OSError.
-
-    urlopen's own timeout counts neither the name lookup nor each address it tries, so the connection is made in a
-    thread that is waited for `NETWORK_PATIENCE` seconds, and left alone after that.
-    """
-    answer: list = []
-
-    def connect():
-        try:
-            answer.append(urllib.request.urlopen(url, timeout=NETWORK_PATIENCE))
-        except OSError as error:
-            answer.append(error)
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(NETWORK_PATIENCE)
-    if not answer:
-        raise OSError(f"no answer from the network within {NETWORK_PATIENCE:.0f} seconds")
-    if isinstance(answer[0], OSError):
-        raise answer[0]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        with answer[0] as response, open(partial, "wb") as file:
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-            expected = response.headers.get("Content-Length")
-            if expected is not None and file.tell() != int(expected):
-                raise OSError(f"{url} broke off after {file.tell()} of {expected} bytes")
-        partial.replace(target)
+                torch.hub.download_url_to_file(url, str(folder / name))
+            if not hashlib.new(kind, (folder / name).read_bytes()).hexdigest().startswith(digest):
+                raise OSError(f"{name} is damaged (its {kind} does not begin with {digest}); delete it")
+        return Lpips(*(torch.load(folder / name, map_location="cpu", weights_only=True) for name in LPIPS_FILES))
+    except OSError as error:
+        files = " and ".join(f"{name} (from {url})" for name, (url, _, _) in LPIPS_FILES.items())
+        raise OSError(f"no LPIPS weights: {error}. Put {files} into {folder}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        socket.setdefaulttimeout(timeout)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The lesson: python iris_tokenizer.py
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Not the paper's, for small world models [ours]: skip on first reading --------------------------------------------
+def build_local_encoder(config: TokenizerConfig) -> nn.Sequential:
+    """(N, 3, 64, 64) -> (N, D, 4, 4) through one strided convolution a level: no norm, no attention, no blocks.
 
-# Convolutions at many pixels are what a tokenizer costs. This one has no blocks at the three finest levels. Fewer
-# codes, and a stronger pull of the vectors towards them, make tokens that a world model can foresee after a minute.
+    In the published encoder, group norms and attention let a moving ball change all 16 tokens. Here it changes those of
+    its own and the adjacent patches, and a small world model learns to predict them sooner.
+    """
+    layers: list[nn.Module] = [conv3x3(3, config.channels[0]), nn.SiLU()]
+    for channels_in, channels_out in zip(config.channels, config.channels[1:]):
+        layers += [downsample(channels_in, channels_out), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Conv2d(config.channels[-1], config.code_dim, kernel_size=1))
+
+
+# --- The lesson: python iris_tokenizer.py trains a small tokenizer on the game of Catch -------------------------------
+
 SMALL_TOKENIZER = TokenizerConfig(
-    vocab_size=256, code_dim=64, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 1, 1), attention_at=(8,),
-    standardize=True, pixel_commitment_weight=0.25,
+    vocab_size=64, code_dim=32, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 0, 1), attention_at=(),
+    local_encoder=True, standardize=True,
 )  # fmt: skip
 
 
-def random_breakout(steps: int, seed: int = 0) -> dict[str, Tensor]:
-    """Plays Breakout at random: frames (steps, 64, 64, 3) uint8, actions and ends int64, rewards float32 (steps,).
+def draw_catch(row: Tensor, column: Tensor, paddle: Tensor) -> Tensor:
+    """(N,) each -> boards (N, 3, 64, 64) of 8x8 cells: a red ball at (row, column), a green paddle in row 7."""
+    boards, n = torch.tensor([0.08, 0.08, 0.16]).view(3, 1, 1).repeat(len(row), 1, 8, 8), torch.arange(len(row))
+    boards[n, :, 7, paddle] = torch.tensor([0.2, 0.8, 0.4])
+    boards[n, :, row, column] = torch.tensor([0.9, 0.3, 0.2])
+    return boards.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
 
-    Each action is repeated for 4 screens, the frame is the maximum of the last two (an Atari draws some objects only
-    on every other screen). The loop's own `iris_train.make_env` does this with all its details.
+
+def play_catch(episodes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random play: frames (E, 7, 3, 64, 64), actions (0 left, 1 stay, 2 right), rewards and ends (E, 7).
+
+    The ball falls a row a step from a random column. The episode ends when it arrives: +1 on the paddle, -1 beside it.
     """
-    import ale_py
-    import gymnasium
-
-    gymnasium.register_envs(ale_py)
-    env = gymnasium.make("BreakoutNoFrameskip-v4")
-    generator = torch.Generator().manual_seed(seed)
-    actions = torch.randint(int(env.action_space.n), (steps,), generator=generator)
-    frames = torch.empty(steps, FRAME_SIZE, FRAME_SIZE, 3, dtype=torch.uint8)
-    rewards, ends = torch.zeros(steps), torch.zeros(steps, dtype=torch.int64)
-    screens = [torch.from_numpy(env.reset(seed=seed)[0])] * 2
-    for step in range(steps):
-        frames[step] = torch.maximum(resize_frame(screens[-2]), resize_frame(screens[-1]))
-        for _ in range(4):
-            screen, reward, terminated, truncated, _ = env.step(int(actions[step]))
-            screens = [screens[-1], torch.from_numpy(screen)]
-            rewards[step] += float(reward)
-            if terminated or truncated:
-                ends[step] = 1
-                screens = [torch.from_numpy(env.reset()[0])] * 2
-                break
-    env.close()
-    return {"frames": frames, "actions": actions, "rewards": rewards, "ends": ends}
+    column, paddle = torch.randint(8, (episodes,)), torch.full((episodes,), 4)
+    frames, actions = [], torch.randint(3, (episodes, 7))
+    for step in range(7):
+        frames.append(draw_catch(torch.full_like(column, step), column, paddle))
+        paddle = (paddle + actions[:, step] - 1).clamp(0, 7)
+    rewards, ends = torch.zeros(episodes, 7), torch.zeros(episodes, 7, dtype=torch.int64)
+    rewards[:, 6], ends[:, 6] = (paddle == column).float() * 2 - 1, 1
+    return torch.stack(frames, dim=1), actions, rewards, ends
 
 
-def train_small_tokenizer(frames: Tensor, steps: int, batch_size: int = 16) -> Tokenizer:
-    """Frames (M, 64, 64, 3) uint8 -> a tokenizer trained on them, in evaluation mode."""
-    from tqdm import trange
-
+def train_small_tokenizer(frames: Tensor, steps: int) -> Tokenizer:
+    """Frames (M, 3, 64, 64) in [0, 1] -> a tokenizer trained on them, in evaluation mode. Prints its loss."""
     tokenizer = Tokenizer(SMALL_TOKENIZER)
-    tokenizer.standardize.fit(to_model(frames))
+    tokenizer.fit_pixels(frames)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=1e-3)
-    for _ in trange(steps, desc="tokenizer", disable=None):
-        batch = to_model(frames[torch.randint(len(frames), (batch_size,))])
-        losses = tokenizer.loss(batch)
+    for step in range(1, steps + 1):
+        batch = frames[torch.randint(len(frames), (16,))]
+        z = tokenizer.encoder_outputs(batch)
+        tokenizer.codebook.revive(z.detach(), after=50)
+        losses = tokenizer.loss(batch, z=z)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
+        if step % 100 == 0:
+            print(f"tokenizer step {step:4d}   " + "   ".join(f"{k} {v.item():.5f}" for k, v in losses.items()))
     return tokenizer.eval()
 
 
-def moving_error(frames: Tensor, painted: Tensor, background: Tensor) -> float:
-    """Mean absolute error where it counts: at pixels that differ by over 0.1 from the background, the median frame.
-
-    Frames and their reconstructions (N, 3, 64, 64), background (3, 64, 64), all in [0, 1]. Dropping every moving thing
-    gives about 0.5 on Breakout; the plain mean error would not show it.
-    """
-    moving = (frames - background).abs().amax(dim=1, keepdim=True).gt(0.1).expand_as(frames)
-    return (frames - painted).abs()[moving].mean().item()
-
-
-def save_picture(path: Path, rows: list[Tensor], scale: int = 3) -> None:
-    """Writes rows of frames, each (N, 3, 64, 64) in [0, 1], as one PNG with a thin line between them."""
+def labelled_rows(rows: dict[str, Tensor], scale: int = 2) -> Tensor:
+    """Rows of frames, label -> (N, 3, 64, 64) in [0, 1] -> an image (H, W, 3) uint8, each label left of its row."""
     import cv2
-    import numpy as np
 
-    tiles = [F.pad(row, (1, 1, 1, 1), value=1.0).permute(2, 0, 3, 1).flatten(1, 2) for row in rows]  # (66, N * 66, 3)
-    picture = torch.cat(tiles).clamp(0, 1).mul(255).round().byte()  # (rows * 66, N * 66, 3)
-    picture = np.kron(picture.numpy(), np.ones((scale, scale, 1), dtype=np.uint8))  # each pixel scale x scale
+    strips = []
+    for label, frames in rows.items():
+        tiles = F.pad(frames.cpu(), (1, 1, 1, 1), value=1.0).permute(2, 0, 3, 1).flatten(1, 2)  # (66, N * 66, 3)
+        tiles = tiles.repeat_interleave(scale, dim=0).repeat_interleave(scale, dim=1).mul(255).round().byte()
+        margin = torch.full((len(tiles), 150, 3), 255, dtype=torch.uint8).numpy()
+        cv2.putText(margin, label, (6, len(tiles) // 2 + 4), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+        strips.append(torch.cat([torch.from_numpy(margin), tiles], dim=1))
+    return torch.cat(strips)
+
+
+def save_image(path: Path, image: Tensor) -> None:
+    """Writes an image (H, W, 3) uint8 as PNG. Raises OSError."""
+    import cv2
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
-        raise OSError(f"could not write {path}")
+    if not cv2.imwrite(str(path), image.flip(2).numpy()):  # OpenCV takes blue first
+        raise OSError(f"can't write {path}")
 
 
-def token_map(tokens: Tensor, vocab_size: int) -> Tensor:
-    """Tokens (N, K) -> pictures (N, 3, 64, 64): one coloured tile a token, the same colour for the same code."""
-    palette = torch.rand(vocab_size, 3, generator=torch.Generator().manual_seed(1))
-    side = int(tokens.shape[1] ** 0.5)
-    tiles = palette[tokens].reshape(-1, side, side, 3).permute(0, 3, 1, 2)  # (N, 3, 4, 4)
-    return F.interpolate(tiles, size=(FRAME_SIZE, FRAME_SIZE), mode="nearest")
-
-
-def lesson(steps: int = 1200, out: Path = Path("runs/lessons/tokenizer.png")) -> None:
+def lesson(steps: int = 500, out: Path = Path("runs/lessons/tokenizer.png")) -> None:
     torch.manual_seed(0)
-    frames = random_breakout(5000)["frames"]
-    seen, unseen = frames[:4600], frames[4600:]
+    frames = play_catch(episodes=400)[0].flatten(0, 1)  # (2800, 3, 64, 64)
+    seen, unseen = frames[:2500], frames[2500:]
     tokenizer = train_small_tokenizer(seen, steps)
-    shown = to_model(unseen[::50])  # 8 frames
-    tokens = tokenizer.encode(shown)
-    painted = tokenizer.reconstruct(to_model(unseen))
-    background = to_model(seen).median(dim=0).values
-    save_picture(out, [shown, tokenizer.decode(tokens).detach(), token_map(tokens, tokenizer.config.vocab_size)])
-    codes = tokenizer.encode(to_model(unseen)).unique().numel()
-    print(
-        f"Learned to write a Breakout frame as {tokens.shape[1]} tokens: {codes} codes in use, error on moving things "
-        f"{moving_error(to_model(unseen), painted, background):.3f} (0.5 would mean that they are dropped). "
-        f"Originals, reconstructions and token maps: {out}"
-    )
+    tokens, reconstructions = tokenizer.encode(unseen), tokenizer.reconstruct(unseen)
+    colours = torch.rand(tokenizer.config.vocab_size, 3)[tokens[:12]].unflatten(1, (4, 4))  # (12, 4, 4, 3)
+    maps = F.interpolate(colours.permute(0, 3, 1, 2), scale_factor=16.0)  # (12, 3, 64, 64)
+    rows = {"frames": unseen[:12], "tokens (colours)": maps, "reconstructions": reconstructions[:12]}
+    save_image(out, labelled_rows(rows))
+    background = seen.median(dim=0).values
+    moving = (unseen - background).abs() > 0.1  # the ball, and the paddle away from its usual place
+    errors = [(x - unseen).abs()[moving].mean().item() for x in (reconstructions, background)]
+    print("Unseen frames: {} codes in use. Mean error of what moves: {:.3f}, if only the background were reconstructed "
+          "{:.3f}. Picture: {}".format(tokens.unique().numel(), *errors, out))  # fmt: skip
 
 
 if __name__ == "__main__":

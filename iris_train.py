@@ -1,37 +1,35 @@
-"""Chapter 4 of IRIS: the loop. Play a little, learn to see, learn to foresee, learn to act; and again.
+"""Chapter 4 of IRIS: the loop. Play a little, then train the three models of chapters 1 to 3; 600 times.
 
-An epoch plays 200 steps of the real game and then trains the three models of chapters 1 to 3, one after the other; 600
-epochs make a run (IRIS paper, section 2 and appendix). Nothing is learned from reality directly but to paint it
-and to predict it: the policy is trained in the dream alone.
+Each epoch plays 200 steps of the game and then trains the three models, one after the other (IRIS, arXiv 2209.00588,
+section 2 and appendix A). The tokenizer and the world model learn from real play. The policy learns in dreams alone.
 
-    +--> collect ------> train the ------> encode the ------> train the -------> train the ----+
-    |    200 steps       tokenizer         replay, once       world model        actor-critic  |
-    |    of the game     256 frames x200   (N, 16) tokens     64 x 20 steps x200 64 dreams x200|
-    +------------------------------------------------------------------------------------------+
-         from epoch 1    from epoch 6                         from epoch 26      from epoch 51     (first 500 collect)
+    +--> collect --------> tokenizer -------> encode --------> world model ------> actor-critic ---+
+    |    200 steps of      200 x 256 frames   all frames to    200 x 64 sequences  200 x 64 dreams |
+    |    the game          to reconstruct     tokens, once     of 20 steps         of 20 steps     |
+    +----------------------------------------------------------------------------------------------+
+         epochs 1 to 500   from epoch 6                        from epoch 26       from epoch 51
 
-Run it:   python iris_train.py --env-id BreakoutNoFrameskip-v4             # the paper's run; wants a GPU
-          python iris_train.py --env-id BreakoutNoFrameskip-v4 --preset laptop
-          python iris_train.py --resume runs/...                           # goes on exactly where it stood
-          python iris_train.py --help                                      # every number below is an argument
-Read it:  arguments, environment, replay, then the phases in the order of the picture, then checkpoints, then `main`.
+Run it:   python iris_train.py --env-id BreakoutNoFrameskip-v4                    # the paper's run, for a GPU
+          python iris_train.py --env-id BreakoutNoFrameskip-v4 --preset laptop    # small models, for a CPU
+          python iris_train.py --resume runs/...                                  # goes on, as if never stopped
+          python iris_train.py --help                                             # every number is an argument
+Read it:  arguments, environment, replay, then `train`, which is the algorithm, and the functions it calls, in that
+          order. Checkpoints and start-up come last.
+
+Marks: [paper] is IRIS, [Delta-IRIS] is arXiv 2406.19320, [ours] is neither. The default arguments are the paper's.
 """
 import ctypes
-import difflib
 import errno
 import fcntl
 import importlib.metadata
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import zipfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,101 +39,88 @@ import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from tqdm import trange
 
-from iris_agent import (
-    ActorCritic, ActorCriticConfig, Agent, Rollout, actor_critic_loss, agent_from_official, imagine, read_checkpoint,
-)  # fmt: skip
-from iris_tokenizer import (
-    FRAME_SIZE, IrisError, Lpips, Tokenizer, TokenizerConfig, load_lpips, resize_frame, save_picture, to_model,
-    to_stored,
-)  # fmt: skip
-from iris_world_model import Dream, WorldModel, WorldModelConfig
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+from iris_agent import ActorCritic, ActorCriticConfig, Agent, Rollout, actor_critic_loss, imagine, official_agent
+from iris_tokenizer import FRAME_SIZE, Lpips, Tokenizer, TokenizerConfig, labelled_rows, load_lpips, save_image
+from iris_world_model import CompiledDream, Dream, WorldModel, WorldModelConfig
 
 
+class IrisError(Exception):
+    """What a user can put right. Its text is one line: what is wrong, and what to do. The programs exit with 2."""
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------------
 Preset = Literal["paper", "laptop", "catch"]
+Model = Literal["tokenizer", "world_model", "actor_critic"]
 
 
 @dataclass
 class Args:
-    """Trains IRIS on one game. The defaults are the paper's (its appendix A and published configuration)."""
+    """Trains IRIS on one game. The defaults are the paper's (appendix A and the published configuration)."""
 
     # A gymnasium id with discrete actions and image observations; `module:Env-v0` imports the module first
     env_id: str = "BreakoutNoFrameskip-v4"
-    # Where the other arguments start: the paper's sizes, or sizes for a machine without a GPU, or for tests/catch.py
-    preset: Preset = "paper"
+    preset: Preset = "paper"  # What the other arguments default to: the paper's, a CPU's, or those for tests/catch.py
     seed: int = 1  # Seed of everything random
     device: str = "auto"  # cuda, cpu, ...; auto takes a GPU where there is one
-    # Type of convolutions and products; auto is bf16 where the hardware has it, else fp32 (on a GPU with TF32)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    # torch.compile the dream's token pass: on a GPU one launch in place of about 160. Compiling takes a minute at first
-    compile: bool = False
-    # lpips is the paper's and needs two weight files, pixel needs none; auto takes lpips if the files can be had
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 where the hardware multiplies in it
+    compile: bool = False  # torch.compile the dream; for GPUs; compiling takes a minute at first
+    # lpips is the paper's and needs two weight files, pixel is Delta-IRIS's and needs none; auto is lpips if possible
     perceptual_loss: Literal["auto", "lpips", "pixel"] = "auto"
-    run_dir: str = ""  # Folder of the run; empty makes runs/{env_id}__iris__{seed}__{time}
-    resume: str = ""  # Folder of a run to go on with; its own arguments apply
+    run_dir: str = ""  # Folder of the run; empty is runs/{env_id}__iris__{seed}__{time}
+    resume: str = ""  # Folder of a run to go on with; all other arguments default to those of that run
     init_from: str = ""  # Checkpoint of a run, or a published one, whose weights to start from
-    load_tokenizer: bool = True  # With init_from: take over the tokenizer
-    load_world_model: bool = True  # With init_from: take over the world model
-    load_actor_critic: bool = True  # With init_from: take over the actor-critic
-    track: bool = False  # Mirror TensorBoard to Weights & Biases (pip install wandb)
-    wandb_project: str = "iris"  # Project to track in
-    wandb_entity: str = ""  # Team to track for; empty is your own account
+    init_models: tuple[Model, ...] = ("tokenizer", "world_model", "actor_critic")  # With init_from: what to take over
 
     epochs: int = 600  # Epochs of the run
-    collect_epochs: int = 500  # In how many of them, from the first, the game is played
-    collect_steps: int = 200  # Environment steps played in each of these (500 x 200 is the 100,000 of Atari 100k)
-    collect_epsilon: float = 0.01  # Share of steps with a uniformly random action
+    collect_epochs: int = 500  # The game is played in the first so many epochs
+    collect_steps: int = 200  # Environment steps played in each of them; 500 x 200 is the 100,000 of Atari 100k
+    collect_epsilon: float = 0.01  # Probability of a uniformly random action while collecting
     collect_temperature: float = 1.0  # Temperature of the policy while collecting
-    # While no policy has been trained, each action is held for 1 to this many steps, mostly few: dithering never crosses
-    # Freeway's road, so that the first reward is never seen (temporally extended exploration, Dabney et al., 2021)
+    # [ours] Before the actor-critic is trained, each action is repeated for 1 to so many steps, k with a probability
+    # proportional to 1 / k^2 (temporally extended exploration, arXiv 2006.01782): games like Freeway need it
     collect_hold: int = 1
-    noop_max: int = 30  # Training games begin with 1 to this many no-ops
-    max_frames: int = 20_000  # Raw Atari frames after which a training game is cut off
-    # What all three phases draw uniformly from the replay: an episode, whatever its length, as published; or a step,
-    # so that long episodes, where most rewards are, count by their length
+    noop_max: int = 30  # Training games start with 1 to so many no-ops
+    max_frames: int = 20_000  # Frames after which a training game is cut off; raw ones in an Atari game
+    # What all phases draw uniformly from the replay: episodes, of whatever length [paper], or steps [ours]
     draw: Literal["episodes", "steps"] = "episodes"
 
     tokenizer_from: int = 6  # First epoch that trains the tokenizer
-    tokenizer_steps: int = 200  # Its optimiser steps an epoch
-    tokenizer_batch_size: int = 256  # Frames in each
-    tokenizer_learning_rate: float = 1e-4  # Learning rate of its Adam
-    # Last epoch that trains the tokenizer, its learning rate falling in the second half of its epochs; 0 trains it to
-    # the end at the full rate, as published. A small world model can't follow tokens that keep changing
+    # [ours] Last epoch that trains the tokenizer; its learning rate falls over the second half. 0 is no last epoch
     tokenizer_until: int = 0
+    tokenizer_steps: int = 200  # Optimiser steps an epoch
+    tokenizer_batch_size: int = 256  # Frames a step
+    tokenizer_learning_rate: float = 1e-4  # Learning rate of Adam
     world_model_from: int = 26  # First epoch that trains the world model
-    world_model_steps: int = 200  # Its optimiser steps an epoch
-    world_model_batch_size: int = 64  # Sequences in each, of world_model.max_blocks steps
-    world_model_learning_rate: float = 1e-4  # Learning rate of its AdamW
-    world_model_weight_decay: float = 0.01  # Weight decay of its AdamW, on the weights of linear layers
+    world_model_steps: int = 200  # Optimiser steps an epoch
+    world_model_batch_size: int = 64  # Sequences a step, each of world_model.max_blocks steps of play
+    world_model_learning_rate: float = 1e-4  # Learning rate of AdamW
+    world_model_weight_decay: float = 0.01  # Weight decay of AdamW, on the weights of linear layers
     actor_critic_from: int = 51  # First epoch that trains the actor-critic
-    actor_critic_steps: int = 200  # Its optimiser steps an epoch
-    actor_critic_batch_size: int = 64  # Dreams in each
-    actor_critic_learning_rate: float = 1e-4  # Learning rate of its Adam
-    burn_in: int = 20  # Real frames that warm up the LSTM before a dream, and when play goes on in mid-episode
-    horizon: int = 20  # Imagined steps of a dream
-    gamma: float = 0.995  # Discount of future rewards
+    actor_critic_steps: int = 200  # Optimiser steps an epoch
+    actor_critic_batch_size: int = 64  # Dreams a step
+    actor_critic_learning_rate: float = 1e-4  # Learning rate of Adam
+    burn_in: int = 20  # Real frames that warm up the LSTM before a dream, and where collecting goes on in mid-episode
+    horizon: int = 20  # Steps of a dream
+    gamma: float = 0.995  # Discount factor
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.95  # Lambda of the lambda-returns
-    entropy_weight: float = 0.001  # Weight of the policy's entropy in the loss
-    # Whether dreamed steps behind an imagined end train the actor-critic, as published; where episodes are short, off
-    behind_ends: bool = True
-    max_grad_norm: float = 10.0  # Gradients are scaled down to this norm, in all three phases
-    # Parts that the tokenizer's and world model's batches are split into to save memory, their gradients averaged; 0
-    # is 1 on a GPU, and on a CPU as many as keep a part at 32 frames or 16 sequences
+    entropy_weight: float = 0.001  # Weight of the entropy bonus
+    after_end: bool = True  # Count the dreamed steps after an imagined end in the loss, as published
+    max_grad_norm: float = 10.0  # Gradient norm at which gradients are clipped, for each model
+    # Parts that a batch of frames or sequences is split into to save memory; their gradients are added up. 0 is 1 on a
+    # GPU, and on a CPU as many as make parts of 32 frames or 16 sequences
     accumulate: int = 0
 
     eval_every: int = 5  # Epochs from one evaluation to the next; 0 is never
-    test_episodes: int = 16  # Whole games played in each
-    test_envs: int = 8  # Games played side by side
-    test_temperature: float = 0.5  # Temperature of the policy in tests
-    test_noop_max: int = 1  # Test games begin with 1 to this many no-ops
-    test_max_frames: int = 108_000  # Raw Atari frames after which a test game is cut off (half an hour)
+    test_episodes: int = 16  # Whole games played in an evaluation
+    test_envs: int = 8  # Of these, games played side by side
+    test_temperature: float = 0.5  # Temperature of the policy in evaluations
+    test_noop_max: int = 1  # Test games start with 1 to so many no-ops
+    test_max_frames: int = 108_000  # Frames after which a test game is cut off; in an Atari game half an hour
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
@@ -144,8 +129,8 @@ class Args:
 
 PRESETS = {
     "paper": Args(),
-    # One CPU core or two, two to three hours. Pixels are what costs, so nothing but a few convolutions works at full
-    # size. Memory and horizon stay the paper's: Breakout ends a life six frames after the ball was last seen.
+    # [ours] Two to three hours on a CPU. Convolutions at 64x64 pixels cost the most, so few are left. Context and
+    # horizon are the paper's: Breakout ends a life six frames after the ball was last seen.
     "laptop": Args(
         preset="laptop",
         epochs=60, collect_epochs=50, collect_steps=2000, max_frames=10_000, draw="steps", test_max_frames=10_000,
@@ -153,7 +138,7 @@ PRESETS = {
         tokenizer_until=14,
         world_model_from=13, world_model_steps=1000, world_model_batch_size=4, world_model_learning_rate=5e-4,
         actor_critic_from=18, actor_critic_steps=100, actor_critic_batch_size=16, actor_critic_learning_rate=1e-3,
-        horizon=20, burn_in=10, entropy_weight=0.003, gamma=0.99, behind_ends=False,
+        burn_in=10, entropy_weight=0.003, gamma=0.99, after_end=False,
         eval_every=10, test_episodes=8,
         tokenizer=TokenizerConfig(
             code_dim=64, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 1, 1), attention_at=(),
@@ -162,7 +147,7 @@ PRESETS = {
         world_model=WorldModelConfig(layers=2, width=128, dropout=0.0),
         actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=256, standardize=True),
     ),
-    # The whole algorithm on tests/catch.py, in a quarter of an hour on one CPU core, or a little more.
+    # [ours] The whole algorithm on the game of tests/catch.py, in about a quarter of an hour on a CPU.
     "catch": Args(
         preset="catch", env_id="tests.catch:Catch-v0",
         epochs=28, collect_epochs=28, collect_steps=200, max_frames=10_000,
@@ -170,7 +155,7 @@ PRESETS = {
         tokenizer_until=14,
         world_model_from=9, world_model_steps=200, world_model_batch_size=32, world_model_learning_rate=1e-3,
         actor_critic_from=13, actor_critic_steps=50, actor_critic_batch_size=64, actor_critic_learning_rate=1e-3,
-        horizon=8, burn_in=2, entropy_weight=0.02, behind_ends=False, gamma=0.99,
+        horizon=8, burn_in=2, entropy_weight=0.02, after_end=False, gamma=0.99,
         eval_every=5, test_episodes=40, test_envs=40,
         tokenizer=TokenizerConfig(
             vocab_size=64, code_dim=32, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 0, 1), attention_at=(),
@@ -182,11 +167,710 @@ PRESETS = {
 }  # fmt: skip
 
 
+# --- Environment [paper, appendix A] ----------------------------------------------------------------------------------
+FRAME_SPACE = gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
+
+
+def resize_frame(image: np.ndarray) -> np.ndarray:
+    """Image (H, W, 3) uint8 -> frame (64, 64, 3) uint8, by antialiased bilinear interpolation.
+
+    Published agents were trained on Pillow's resize, from which this differs by one level of 255 at most. The area
+    resize of gymnasium's AtariPreprocessing differs by up to 90, just where Breakout's ball is.
+    """
+    x = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    x = F.interpolate(x, size=(FRAME_SIZE, FRAME_SIZE), mode="bilinear", antialias=True)
+    return x[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def to_model(frames: Tensor) -> Tensor:
+    """Stored frames (..., 64, 64, 3) uint8 -> the models' (..., 3, 64, 64) float32 in [0, 1]."""
+    return frames.movedim(-1, -3).float().div(255)
+
+
+def to_stored(frames: Tensor) -> Tensor:
+    """The models' frames (..., 3, 64, 64) in [0, 1] -> (..., 64, 64, 3) uint8."""
+    return frames.mul(255).round().clamp(0, 255).byte().movedim(-3, -1)
+
+
+class AtariFrames(gym.Wrapper):
+    """A `...NoFrameskip-v4` game as IRIS sees it. An action lasts 4 raw frames; the observation is the maximum of the
+    last two, each resized first (some objects are drawn in every other raw frame only).
+
+    With `life_loss_ends` a lost life terminates the episode, but not the game: `info["life_lost"]` is True, and a
+    `reset()` without a seed goes on with one no-op step. `reset(seed=...)` always starts a new game. `screen` is the
+    latest image in full size, (210, 160, 3) uint8.
+    """
+
+    def __init__(self, env: gym.Env, noop_max: int, life_loss_ends: bool):
+        super().__init__(env)
+        self.noop_max, self.life_loss_ends, self.life_lost = noop_max, life_loss_ends, False
+        self.observation_space = FRAME_SPACE
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if self.life_lost and seed is None:
+            frame, _, terminated, truncated, info = self.step(0)
+            if self.life_lost or not (terminated or truncated):  # not even if the no-op step loses another life
+                self.life_lost = False
+                return frame, info
+        self.screen, info = self.env.reset(seed=seed, options=options)
+        for _ in range(self.np_random.integers(1, self.noop_max + 1)):
+            self.screen, _, terminated, truncated, info = self.env.step(0)
+            if terminated or truncated:
+                self.screen, info = self.env.reset(options=options)
+        self.lives, self.life_lost = self.unwrapped.ale.lives(), False
+        return resize_frame(self.screen), info
+
+    def step(self, action: int):
+        images, total = [], 0.0
+        for _ in range(4):
+            image, reward, terminated, truncated, info = self.env.step(action)
+            images.append(image)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        frame = np.maximum.reduce([resize_frame(image) for image in images[-2:]])
+        self.screen = np.maximum.reduce(images[-2:])
+        lives = self.unwrapped.ale.lives()
+        self.life_lost = self.life_loss_ends and 0 < lives < self.lives and not (terminated or truncated)
+        self.lives = lives
+        return frame, total, terminated or self.life_lost, truncated, {**info, "life_lost": self.life_lost}
+
+
+class ResizedFrames(gym.ObservationWrapper):
+    """Any other game: images (H, W[, 1 or 3]) uint8 become frames. `screen` is the latest image, (H, W, 3)."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.observation_space = FRAME_SPACE
+
+    def observation(self, image: np.ndarray) -> np.ndarray:
+        image = image.reshape(*image.shape[:2], -1)  # (H, W, 1 or 3)
+        self.screen = np.repeat(image, 3 // image.shape[2], axis=2)
+        return resize_frame(self.screen)
+
+
+def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_loss_ends: bool = False) -> gym.Env:
+    """A gymnasium game with frames (64, 64, 3) uint8 and Discrete actions. The defaults are those of a test game.
+
+    `noop_max` and `life_loss_ends` are for `{Game}NoFrameskip-v4`. Every game is cut off after `max_frames`; other
+    games have one a step. Raises IrisError for an unknown id, other actions, or no image.
+    """
+    gym.register_envs(ale_py)
+    gym.logger.min_level = gym.logger.ERROR  # or each game warns that there is a v5, which has sticky actions
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    try:
+        env = gym.make(env_id)
+        is_atari = env.spec.id.endswith("NoFrameskip-v4")
+        if is_atari:
+            env.close()
+            env = gym.make(env.spec.id, max_num_frames_per_episode=max_frames)
+    except Exception as error:  # an environment is somebody else's code and may fail in any way
+        raise IrisError(f"no environment {env_id!r}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    space, actions = env.observation_space, env.action_space
+    if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
+        raise IrisError(f"{env_id} has the action space {actions}, and IRIS needs Discrete(n): wrap the environment")
+    if is_atari:
+        return AtariFrames(env, noop_max, life_loss_ends)
+    shape = space.shape if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 else ()
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3)):
+        raise IrisError(f"{env_id} observes {space}, and IRIS needs an image (H, W[, 1 or 3]) of uint8: wrap it")
+    return ResizedFrames(gym.wrappers.TimeLimit(env, max_frames))
+
+
+# --- Replay -----------------------------------------------------------------------------------------------------------
+STEP = np.dtype(
+    [("frames", "u1", (FRAME_SIZE, FRAME_SIZE, 3)), ("actions", "<i8"), ("rewards", "<f4"), ("ends", "u1")]
+)  # the frame seen, the action taken, the reward it brought, whether the episode ended with it: 12,301 bytes
+
+
+class Steps:
+    """T steps of play, in order. An episode lies between two ends; the last one may go on.
+
+    frames (T, 64, 64, 3) uint8, actions, rewards and ends (T,); starts and stops (episodes,).
+    """
+
+    def __init__(self, steps: np.ndarray):
+        """Of an array (T,) of STEP."""
+        self.frames, self.actions, self.rewards, self.ends = (steps[name] for name in STEP.names)
+        stops = np.flatnonzero(self.ends) + 1
+        if len(steps) > (stops[-1] if len(stops) else 0):
+            stops = np.append(stops, len(steps))
+        self.starts, self.stops = np.concatenate([[0], stops[:-1]]).astype(np.int64), stops
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def sample(self, rng: np.random.Generator, n: int, length: int, anchor: str, draw: str):
+        """n segments -> indices of steps (n, length), and mask (n, length), False where a segment leaves its episode.
+
+        An episode is drawn uniformly, or, where `draw` is "steps", in proportion to its length. Then, with anchor
+        "start", the segment's first step is uniform over it, and padding is on the right (tokenizer, world model);
+        with "stop" its last step is, and padding is on the left (actor-critic) [paper]. The index of padding is some
+        step of the same episode.
+        """
+        lengths = self.stops - self.starts
+        episodes = rng.choice(len(lengths), n, p=lengths / len(self) if draw == "steps" else None)
+        starts, stops = self.starts[episodes, None], self.stops[episodes, None]  # (n, 1)
+        offsets = np.arange(length) if anchor == "start" else np.arange(1 - length, 1)
+        indices = rng.integers(starts, stops) + offsets  # (n, length)
+        return np.clip(indices, starts, stops - 1), (indices >= starts) & (indices < stops)
+
+    def frames_at(self, indices: np.ndarray, device: torch.device) -> Tensor:
+        """Indices (...) -> their frames (..., 3, 64, 64) in [0, 1], on the device."""
+        return to_model(torch.from_numpy(self.frames[indices]).to(device))
+
+
+class Replay(Steps):
+    """Steps in an append-only file, read through a memory map: 100,000 take 1.23 GB on disk and hardly any memory.
+
+    They are not written through the map, because a full disk then would be a crash and not an error.
+    """
+
+    def __init__(self, folder: Path, length: int | None = None):
+        """Creates the file in `folder`. Or, given the `length` of a checkpoint, opens it and drops what was written
+        after that. Raises IrisError if there are steps already, or fewer than that."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path, wanted = folder / "steps.bin", (length or 0) * STEP.itemsize
+        path.touch()
+        if length is None and path.stat().st_size:
+            raise IrisError(f"{path} holds steps that no checkpoint knows of: move {folder} away")
+        if path.stat().st_size < wanted:
+            raise IrisError(f"{path} is shorter than its checkpoint says: the run can't be resumed")
+        os.truncate(path, wanted)
+        self.file = open(path, "ab")
+        self.flush()
+
+    def append(self, frame: np.ndarray, action: int, reward: float, end: bool) -> None:
+        """One step. It can be read after the next `flush`."""
+        self.file.write(np.array((frame, action, reward, end), STEP).tobytes())
+
+    def flush(self, to_disk: bool = False) -> None:
+        """Makes appended steps readable, and, with `to_disk`, safe against a power cut."""
+        self.file.flush()
+        if to_disk:
+            os.fsync(self.file.fileno())
+        empty = os.path.getsize(self.file.name) == 0  # an empty file can't be mapped
+        super().__init__(np.empty(0, STEP) if empty else np.memmap(self.file.name, STEP, mode="r"))
+
+
+# --- The algorithm ----------------------------------------------------------------------------------------------------
+@dataclass
+class Run:
+    """The state of a run. A checkpoint holds what changes in it; the replay lies beside the checkpoint."""
+
+    args: Args
+    folder: Path
+    lock: Any  # the open file that keeps other processes out of the folder
+    device: torch.device
+    bf16: bool
+    agent: Agent
+    optimizers: dict[str, torch.optim.Optimizer]
+    lpips: Lpips | None
+    dream: Dream
+    env: gym.Env
+    replay: Replay
+    rng: np.random.Generator  # draws what torch does not: segments, epsilon, seeds of games
+    epoch: int = 0  # the epoch that is running
+    saved_epoch: int | None = None  # the epoch of the checkpoint on disk
+    game_seed: int = -1  # of the training game that is being played; -1 before the first
+    game_start: int = 0  # the step of the replay at which that game started
+    frame: np.ndarray | None = None  # that game's current frame, (64, 64, 3) uint8
+    tokens: Tensor | None = None  # the replay's frames as tokens, (steps, K) int64 on the device
+    decoded: Tensor | None = None  # the replay's frames reconstructed, see `decode_replay`
+    metrics: dict[str, float] = field(default_factory=dict)  # of this epoch, by their names in TensorBoard
+    seconds: list[float] = field(default_factory=list)  # that epochs with all phases took
+    writer: Any = None  # TensorBoard's
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def train(run: Run) -> None:
+    """IRIS. `optimise` minimises one model's loss; the losses of a batch are computed by the functions named here."""
+    args, agent = run.args, run.agent
+    for run.epoch in range(run.epoch + 1, args.epochs + 1):
+        began, run.metrics = time.perf_counter(), {"charts/epoch": run.epoch}
+        if run.epoch <= args.collect_epochs:
+            collect(run)
+
+        if args.tokenizer_from <= run.epoch <= (args.tokenizer_until or args.epochs):
+            fit_pixels(run, agent.tokenizer)
+            optimise(run, "tokenizer", tokenizer_losses)
+            run.tokens = None  # those in `run.tokens` are another tokenizer's
+
+        if run.epoch >= min(args.tokenizer_from, args.world_model_from, args.actor_critic_from):
+            encode_replay(run)
+
+        if run.epoch >= args.world_model_from:
+            optimise(run, "world_model", world_model_losses)
+
+        if run.epoch >= args.actor_critic_from:
+            fit_pixels(run, agent.actor_critic)
+            decode_replay(run)
+            optimise(run, "actor_critic", actor_critic_losses)
+
+        if args.eval_every and run.epoch % args.eval_every == 0:
+            evaluate(run)
+        log(run, time.perf_counter() - began)
+        save_checkpoint(run)
+
+
+def tokenizer_losses(run: Run, n: int) -> tuple[dict, dict]:
+    """Losses and metrics on n frames."""
+    args, tokenizer = run.args, run.agent.tokenizer
+    indices, _ = run.replay.sample(run.rng, n, 1, "start", args.draw)  # (n, 1)
+    frames = run.replay.frames_at(indices[:, 0], run.device)
+    z = tokenizer.encoder_outputs(frames)
+    if run.lpips is None:
+        tokenizer.codebook.revive(z.detach(), args.tokenizer.revive_after * len(parts(run, "tokenizer")))
+    return tokenizer.loss(frames, run.lpips, z), {}
+
+
+def world_model_losses(run: Run, n: int) -> tuple[dict, dict]:
+    """Losses and metrics on n sequences of L = max_blocks steps."""
+    indices, columns = sample_sequences(run, run.replay, run.rng, n)
+    tokens = run.tokens[torch.from_numpy(indices).to(run.device)]  # (n, L, K)
+    return run.agent.world_model.loss(tokens, *columns), {}
+
+
+def actor_critic_losses(run: Run, n: int) -> tuple[dict, dict]:
+    """Losses and metrics on n dreams."""
+    args = run.args
+    rollout = dream_from_replay(run, run.rng, n)
+    return actor_critic_loss(rollout, args.gamma, args.lambda_, args.entropy_weight, args.after_end)
+
+
+def sample_sequences(run: Run, steps: Steps, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[Tensor]]:
+    """n segments -> their steps' indices (n, L), and actions, rewards, ends and mask (n, L) on the device."""
+    indices, mask = steps.sample(rng, n, run.args.world_model.max_blocks, "start", run.args.draw)
+    columns = steps.actions[indices], steps.rewards[indices], steps.ends[indices], mask
+    return indices, [torch.from_numpy(column).to(run.device) for column in columns]
+
+
+def dream_from_replay(run: Run, rng: np.random.Generator, n: int) -> Rollout:
+    """n dreams. Each has a segment of burn_in + 1 real frames: the last one starts it, the others warm up the LSTM."""
+    args, agent = run.args, run.agent
+    segments = run.replay.sample(rng, n, args.burn_in + 1, "stop", args.draw)
+    indices, mask = (torch.from_numpy(x).to(run.device) for x in segments)  # (n, burn_in + 1)
+    state, before = agent.actor_critic.initial_state(n), indices[:, :-1].flatten()
+    if args.burn_in:
+        if run.decoded is not None:
+            frames = to_model(run.decoded[before])
+        else:
+            with torch.no_grad():  # 256 frames at a time, for a decoder's activations are large
+                frames = torch.cat([agent.tokenizer.decode(run.tokens[part]) for part in before.split(256)])
+        state = agent.actor_critic.warm_up(frames.unflatten(0, (n, args.burn_in)), mask[:, :-1])
+    first = run.dream.reset_from_tokens(run.tokens[indices[:, -1]])
+    return imagine(agent.actor_critic, run.dream, first, state, args.horizon)
+
+
+def optimise(run: Run, name: Model, losses_of: Callable[[Run, int], tuple[dict, dict]]) -> None:
+    """An epoch's optimiser steps on one model; the means of losses and metrics go to `run.metrics`.
+
+    Losses are read from the device once, after the last step, so that no step waits for a GPU. Raises IrisError if one
+    was not finite, or a gradient norm, which would ruin the weights while the losses still look well.
+    """
+    args, model, optimizer = run.args, getattr(run.agent, name), run.optimizers[name]
+    steps, batch_size = getattr(args, f"{name}_steps"), getattr(args, f"{name}_batch_size")
+    run.metrics[f"charts/{name}_learning_rate"] = rate = learning_rate(args, name, run.epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    logged: dict[str, list[Tensor]] = defaultdict(list)
+    began = time.perf_counter()
+    model.train()
+    for _ in trange(steps, desc=name, leave=False, disable=None):
+        optimizer.zero_grad()
+        for n in parts(run, name):  # one part, unless the batch is split to save memory
+            with run.autocast():
+                losses, metrics = losses_of(run, n)
+            total = sum(losses.values())
+            (total * (n / batch_size)).backward()
+            for key, value in ({f"{key}_loss": value for key, value in losses.items()} | metrics | {name: total}).items():
+                logged[key].append(value.detach())
+        logged[f"{name}_grad_norm"].append(nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        optimizer.step()
+    model.eval()
+    for key, values in logged.items():
+        values = torch.stack(values).float().cpu()
+        if not values.isfinite().all():
+            step = int((~values.isfinite()).nonzero()[0, 0]) * steps // len(values) + 1
+            raise IrisError(f"{key} is not finite in epoch {run.epoch}, step {step} of the {name}: lower its learning "
+                            f"rate. {saved(run)}")  # fmt: skip
+        run.metrics[f"losses/{key}"] = values.mean().item()
+    run.metrics[f"charts/{name}_steps_per_second"] = steps / (time.perf_counter() - began)
+
+
+def learning_rate(args: Args, name: str, epoch: int) -> float:
+    """Constant [paper]; with `tokenizer_until`, the tokenizer's falls over the second half of its epochs [ours]."""
+    rate = getattr(args, f"{name}_learning_rate")
+    if name == "tokenizer" and args.tokenizer_until:
+        share_left = (args.tokenizer_until + 1 - epoch) / (args.tokenizer_until + 1 - args.tokenizer_from)
+        return rate * min(1.0, 2 * share_left)
+    return rate
+
+
+def parts(run: Run, name: str) -> list[int]:
+    """The sizes of the parts of a batch (see `Args.accumulate`). Dreams are not split."""
+    n, size_on_cpu = getattr(run.args, f"{name}_batch_size"), {"tokenizer": 32, "world_model": 16}.get(name)
+    if size_on_cpu is None:
+        return [n]
+    count = run.args.accumulate or (-(-n // size_on_cpu) if run.device.type == "cpu" else 1)
+    return [len(part) for part in np.array_split(np.arange(n), min(n, count))]
+
+
+def fit_pixels(run: Run, model: Tokenizer | ActorCritic) -> None:
+    """Before a model's first training, and if `standardize` is set: the statistics of the replay's pixels [ours]."""
+    if model.config.standardize and (model.std == 0.5).all():
+        indices, _ = run.replay.sample(run.rng, min(1024, len(run.replay)), 1, "start", run.args.draw)
+        model.fit_pixels(run.replay.frames_at(indices[:, 0], run.device))
+
+
+def encode_replay(run: Run) -> None:
+    """The tokens of all frames. World model and actor-critic read them, so that a frame is encoded once an epoch, not
+    whenever it is sampled (525,000 times an epoch with the paper's sizes)."""
+    known = [] if run.tokens is None else [run.tokens[: len(run.tokens) // 256 * 256]]  # the same parts after a resume
+    for start in range(len(known[0]) if known else 0, len(run.replay), 256):
+        with run.autocast():
+            frames = run.replay.frames_at(np.arange(start, min(start + 256, len(run.replay))), run.device)
+            known.append(run.agent.tokenizer.encode(frames))
+    run.tokens = torch.cat(known)
+    counts = run.tokens.flatten().bincount(minlength=run.args.tokenizer.vocab_size).cpu()
+    run.metrics["charts/codes_in_use"] = float((counts > 0).sum())
+    run.metrics["charts/codes_perplexity"] = float(torch.special.entr(counts / counts.sum()).sum().exp())
+
+
+def decode_replay(run: Run) -> None:
+    """For speed: reconstructs the replay once, as uint8, if that is less work than decoding each frame that warms up an
+    LSTM (256,000 an epoch with the paper's sizes)."""
+    args, run.decoded = run.args, None
+    if len(run.replay) < args.actor_critic_steps * args.actor_critic_batch_size * args.burn_in:
+        with run.autocast(), torch.no_grad():
+            run.decoded = torch.cat([to_stored(run.agent.tokenizer.decode(part)) for part in run.tokens.split(256)])
+
+
+# --- Playing: collection and evaluation -------------------------------------------------------------------------------
+def collect(run: Run) -> None:
+    """Plays `collect_steps` of the training game into the replay, where an Atari episode is a single life."""
+    args, agent, replay, device = run.args, run.agent, run.replay, run.device
+    if run.frame is None:
+        new_game(run)
+    # The LSTM and the tokenizer have changed since the last epoch: compute the state anew from the latest frames.
+    length = len(replay)
+    start = int(replay.starts[-1]) if length and not replay.ends[-1] else length  # of the current episode
+    latest = np.arange(max(start, length - args.burn_in), length)
+    state = agent.actor_critic.initial_state(1)
+    if len(latest):
+        with run.autocast(), torch.no_grad():
+            frames = agent.tokenizer.reconstruct(replay.frames_at(latest, device))[None]  # (1, L, 3, 64, 64)
+            state = agent.actor_critic.warm_up(frames, torch.ones(frames.shape[:2], dtype=torch.bool, device=device))
+
+    trained = run.epoch >= args.actor_critic_from or (args.init_from and "actor_critic" in args.init_models)
+    began, lives, games, hold = time.perf_counter(), [], [], 0
+    for step in trange(length, length + args.collect_steps, desc="collect", leave=False, disable=None):
+        with run.autocast():
+            seen = to_model(torch.from_numpy(run.frame)[None].to(device))
+            actions, state = agent.act(seen, state, args.collect_temperature)
+        if hold > 0:
+            hold -= 1  # and `action` stays
+        else:
+            action = int(actions)
+            if run.rng.random() < args.collect_epsilon:
+                action = int(run.rng.integers(run.env.action_space.n))
+            if args.collect_hold > 1 and not trained:
+                hold = min(int(run.rng.zipf(2.0)), args.collect_hold) - 1
+        frame, reward, terminated, truncated, info = run.env.step(action)
+        if not np.isfinite(reward):
+            raise IrisError(f"{args.env_id} gave the reward {reward} at step {step}: mend the environment")
+        replay.append(run.frame, action, float(reward), terminated or truncated)
+        run.frame = frame
+        if terminated or truncated:
+            lives.append((start, step + 1))
+            start, hold, state = step + 1, 0, agent.actor_critic.initial_state(1)
+            if info.get("life_lost"):
+                run.frame, _ = run.env.reset()
+            else:
+                games.append((run.game_start, step + 1))
+                new_game(run, step + 1)
+    replay.flush()
+    run.metrics["charts/SPS"] = args.collect_steps / (time.perf_counter() - began)
+    for begin, stop in lives[-10:]:
+        columns = {name: getattr(replay, name)[begin:stop] for name in STEP.names}
+        save_episode(run.folder / "media/episodes/train", f"step_{begin:07d}", columns)
+    if games:
+        run.metrics["charts/episodic_return"] = np.mean([replay.rewards[begin:stop].sum() for begin, stop in games])
+        run.metrics["charts/episodic_length"] = np.mean([stop - begin for begin, stop in games])
+
+
+def new_game(run: Run, start: int = 0) -> None:
+    """Resets the training game with a seed of its own, from which a resumed run can repeat it."""
+    run.game_seed, run.game_start = int(run.rng.integers(2**31)), start
+    run.frame, _ = run.env.reset(seed=run.game_seed)
+
+
+@torch.no_grad()
+def play_test_episodes(agent: Agent, args: Args, device: torch.device, seed: int, keep: int = 2000) -> list[dict]:
+    """Whole games -> for each its return, length, and first `keep` steps, an array of STEP (all might fill the memory).
+
+    They are played in rounds of `test_envs` side by side, each until its longest game is over: the first games to end
+    would be the short ones, and those are bad ones.
+    """
+    games: list[dict] = []
+    for first in trange(0, args.test_episodes, args.test_envs, desc="test episodes", leave=False, disable=None):
+        n = min(args.test_envs, args.test_episodes - first)
+        envs = gym.vector.SyncVectorEnv([lambda: make_env(args.env_id, args.test_noop_max, args.test_max_frames)] * n)
+        frames, _ = envs.reset(seed=[seed + first + i for i in range(n)])  # (n, 64, 64, 3)
+        state, over = agent.actor_critic.initial_state(n), np.zeros(n, bool)
+        played = [{"return": 0.0, "length": 0, "steps": []} for _ in range(n)]
+        while not over.all():
+            actions, state = agent.act(to_model(torch.from_numpy(frames).to(device)), state, args.test_temperature)
+            next_frames, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
+            for i in np.flatnonzero(~over):  # games that are over are reset and go on, but nobody looks
+                game, over[i] = played[i], terminated[i] or truncated[i]
+                game["return"] += float(rewards[i])
+                game["length"] += 1
+                if game["length"] <= keep:
+                    game["steps"].append((frames[i].copy(), actions[i].item(), rewards[i], over[i]))
+            frames = next_frames
+        envs.close()
+        games += [game | {"steps": np.array(game["steps"], STEP)} for game in played]
+    return games
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> None:
+    """Test games, the models' losses on them, and pictures, with random generators of its own: it changes no weights."""
+    args, agent, metrics, name = run.args, run.agent, run.metrics, f"epoch_{run.epoch:04d}"
+    episodes, rng = run.folder / "media/episodes", np.random.default_rng([args.seed, run.epoch])
+    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []), run.autocast():
+        torch.manual_seed(int(rng.integers(2**31)))
+        games = play_test_episodes(agent, args, run.device, int(rng.integers(2**31)))
+        returns = np.array([game["return"] for game in games])
+        metrics["eval/episodic_return"], metrics["eval/episodic_return_std"] = returns.mean(), returns.std()
+        metrics["eval/episodic_length"] = np.mean([game["length"] for game in games])
+        for i in sorted({int(returns.argmax()), *range(len(games))[-9:]}):
+            steps = games[i]["steps"]
+            save_episode(episodes / "test", f"{name}_{i:02d}", {key: steps[key] for key in STEP.names}, returns[i])
+        for game in games:
+            game["steps"]["ends"][-1] = 1  # also where only the first steps were kept
+        test = Steps(np.concatenate([game["steps"] for game in games]))
+
+        if run.epoch >= args.tokenizer_from:
+            indices, _ = test.sample(rng, 128, 1, "start", args.draw)
+            for key, value in agent.tokenizer.loss(test.frames_at(indices[:, 0], run.device), run.lpips).items():
+                metrics[f"eval/{key}_loss"] = value.item()
+            frames = test.frames_at(np.linspace(0, len(test) - 1, 8).astype(int), run.device)
+            image = labelled_rows({"test games": frames, "reconstructions": agent.tokenizer.reconstruct(frames)})
+            save_image(run.folder / f"media/reconstructions/{name}.png", image)
+            run.writer.add_image("reconstructions", image, len(run.replay), dataformats="HWC")
+
+        if run.epoch >= args.world_model_from:
+            indices, columns = sample_sequences(run, test, rng, 16)
+            tokens = agent.tokenizer.encode(test.frames_at(indices.ravel(), run.device)).unflatten(0, indices.shape)
+            for key, value in agent.world_model.loss(tokens, *columns).items():
+                metrics[f"eval/{key}_loss"] = value.item()
+            real = test.frames_at(np.arange(min(args.horizon, test.stops[0])), run.device)  # the first game's start
+            dreamed = [run.dream.reset(real[:1])]
+            for action in test.actions[: len(real) - 1]:
+                dreamed.append(run.dream.step(torch.tensor([action], device=run.device))[0])
+            image = labelled_rows({"test game": real[::2], "dream, same actions": torch.cat(dreamed)[::2]})
+            run.writer.add_image("dream", image, len(run.replay), dataformats="HWC")
+            rollout = dream_from_replay(run, rng, 4)
+            columns = to_stored(torch.stack(rollout.frames, dim=1)), rollout.actions, rollout.rewards, rollout.ends
+            for i in range(4):
+                dream = {key: column[i].cpu().numpy() for key, column in zip(STEP.names, columns, strict=True)}
+                save_episode(episodes / "imagination", f"{name}_{i:02d}", dream)
+
+
+def save_episode(folder: Path, name: str, columns: dict[str, np.ndarray], total: float | None = None) -> None:
+    """Keeps an episode as `.npz` (frames, actions, rewards, ends, return); of all, the last ten and the best stay.
+
+    `total` is the return, where the columns hold a part of the episode only. Raises OSError.
+    """
+    best = folder / "best.npz"
+    content = columns | {"return": float(columns["rewards"].sum() if total is None else total)}
+    try:
+        with np.load(best) as file:
+            is_best = content["return"] > float(file["return"])
+    except Exception:  # there is none, or it is damaged, for which numpy and zipfile have a dozen errors
+        is_best = True
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **content)
+    for path in [folder / f"{name}.npz"] + [best] * is_best:
+        write_file(path, buffer)
+    for old in sorted(path for path in folder.glob("*.npz") if path != best)[:-10]:
+        old.unlink()
+
+
+def write_file(path: Path, content: io.BytesIO) -> None:
+    """Writes a file that, whenever the process is killed, is whole or as it was before. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)  # it would help to fill the disk
+        raise
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name, too, is on the disk only now
+    os.close(folder)
+
+
+# --- Logging ----------------------------------------------------------------------------------------------------------
+def log(run: Run, seconds: float) -> None:
+    """The epoch's metrics to TensorBoard, with the environment step as x-axis, and one line to the terminal."""
+    args, metrics = run.args, run.metrics
+    for name, value in metrics.items():
+        run.writer.add_scalar(name, value, len(run.replay))
+    run.writer.flush()
+    shown = {
+        "charts/episodic_return": "return {:.2f}", "losses/tokenizer": "tokenizer {:.4f}",
+        "charts/codes_in_use": "{:.0f} codes", "losses/world_model": "world model {:.3f}",
+        "losses/imagined_reward": "imagined reward {:.4f}", "losses/entropy": "entropy {:.3f}",
+        "eval/episodic_return": "test return {:.2f}",
+    }  # fmt: skip
+    line = [f"epoch {run.epoch}/{args.epochs}", f"steps {len(run.replay)}"]
+    line += [text.format(metrics[name]) for name, text in shown.items() if name in metrics] + [duration(seconds)]
+    if run.epoch >= args.actor_critic_from:  # before that, longer epochs are still to come
+        run.seconds.append(seconds)
+        line.append(f"{duration((args.epochs - run.epoch) * float(np.mean(run.seconds[-10:])))} left")
+    print("  ".join(line), flush=True)
+
+
+def duration(seconds: float) -> str:
+    minutes = int(seconds / 60)
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+def checkpoint_path(run_or_checkpoint: Path | str) -> Path:
+    """A run's folder, or a checkpoint itself -> the checkpoint."""
+    path = Path(run_or_checkpoint)
+    return path / "checkpoint.pt" if path.is_dir() else path
+
+
+def save_checkpoint(run: Run) -> None:
+    """Writes what resuming after this epoch needs, except for the replay, which is synced first. Raises OSError."""
+    run.replay.flush(to_disk=True)
+    content = {
+        "args": asdict(run.args), "num_actions": run.agent.world_model.num_actions, "epoch": run.epoch,
+        "agent": run.agent.state_dict(),
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
+        "replay_length": len(run.replay), "game_seed": run.game_seed, "game_start": run.game_start,
+        "numpy_rng": json.dumps(run.rng.bit_generator.state),  # as text, for its integers have 128 bits
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
+    }  # fmt: skip
+    buffer = io.BytesIO()  # on a full disk, torch.save has errors of its own, and writing bytes has the system's
+    torch.save(content, buffer)
+    write_file(run.folder / "checkpoint.pt", buffer)
+    run.saved_epoch = run.epoch
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The dictionary in a checkpoint file, on the CPU. Raises IrisError for a file that is no such thing."""
+    if not path.is_file():
+        raise IrisError(f"there is no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise IrisError(f"can't read {path}: {error.strerror}") from error
+    except Exception as error:  # torch.load has half a dozen errors for a file that is cut short or of another kind
+        raise IrisError(f"{path} is no readable checkpoint: it is cut short, or another kind of file") from error
+    if not isinstance(content, dict):
+        raise IrisError(f"{path} is no IRIS checkpoint: it holds a {type(content).__name__}, not a dictionary")
+    return content
+
+
+def args_from_checkpoint(checkpoint: dict, source: Path | str) -> Args:
+    """The arguments of a run. Those added since the run was made take their default. Raises IrisError."""
+    try:
+        values = {"env_id": checkpoint["args"]["env_id"], **checkpoint["args"]}
+        configs = {"tokenizer": TokenizerConfig, "world_model": WorldModelConfig, "actor_critic": ActorCriticConfig}
+        return Args(**values | {name: config(**values[name]) for name, config in configs.items()})
+    except (KeyError, TypeError, ValueError) as error:
+        raise IrisError(f"{source} is no checkpoint of an IRIS run of this version ({error})") from error
+
+
+def restore(run: Run, checkpoint: dict) -> None:
+    """Brings a run that was just built from the same arguments to where the checkpoint was written."""
+    run.agent.load_state_dict(checkpoint["agent"])
+    for name, optimizer in run.optimizers.items():
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(checkpoint["optimizers"][name])
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay  # the command line's, which may have changed; so may the learning rate
+    run.epoch = run.saved_epoch = checkpoint["epoch"]
+    run.game_seed, run.game_start = checkpoint["game_seed"], checkpoint["game_start"]
+    if run.epoch < run.args.collect_epochs and run.game_seed >= 0:  # play the current game again, up to where it was
+        frame, _ = run.env.reset(seed=run.game_seed)
+        for step in range(run.game_start, len(run.replay)):
+            if not np.array_equal(frame, run.replay.frames[step]):
+                raise IrisError(f"{run.args.env_id} does not repeat a game from its seed: the run can't be resumed")
+            frame, _, terminated, truncated, _ = run.env.step(int(run.replay.actions[step]))
+            if terminated or truncated:  # a life was lost; after the end of a game, another seed would have started
+                frame, _ = run.env.reset()
+        run.frame = frame
+    # Last, because building and playing may have drawn random numbers.
+    run.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
+    torch.set_rng_state(checkpoint["torch_rng"])
+    if run.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(checkpoint["cuda_rng"], run.device)
+
+
+def build_agent(args: Args, num_actions: int) -> Agent:
+    """The three models in the sizes of the arguments, in evaluation mode. Raises IrisError if there are none such."""
+    try:
+        tokenizer = Tokenizer(args.tokenizer)
+        world_model = WorldModel(args.tokenizer.vocab_size, num_actions, args.world_model)
+        return Agent(tokenizer, world_model, ActorCritic(num_actions, args.actor_critic)).eval()
+    except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
+        raise IrisError(f"no model has these sizes: {' '.join(str(error).split())}") from error
+
+
+def load_agent(run_or_checkpoint: Path | str) -> tuple[Agent, Args]:
+    """A run's folder, its checkpoint, or a published checkpoint -> the agent, in evaluation mode on the CPU, and Args.
+
+    For a published one, Args are the paper's, and the game is the file's name (Breakout.pt). Raises IrisError.
+    """
+    path = checkpoint_path(run_or_checkpoint)
+    content = read_checkpoint(path)
+    try:
+        if "agent" not in content:
+            return official_agent(content), Args(env_id=f"{path.stem}NoFrameskip-v4")
+        args = args_from_checkpoint(content, path)
+        agent = build_agent(args, content["num_actions"])
+        agent.load_state_dict(content["agent"])
+        return agent, args
+    except ValueError as error:
+        raise IrisError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise IrisError(f"{path} is no checkpoint of this version") from error
+
+
+def init_from(agent: Agent, args: Args) -> None:
+    """Copies `init_models` of another agent into this one (`--init-from`). Raises IrisError where they don't fit."""
+    source, source_args = load_agent(args.init_from)
+    for name in args.init_models:
+        try:
+            if getattr(args, name) != getattr(source_args, name):
+                raise RuntimeError
+            getattr(agent, name).load_state_dict(getattr(source, name).state_dict())
+        except RuntimeError as error:
+            actions = f"{source.world_model.num_actions} actions there, {agent.world_model.num_actions} here"
+            raise IrisError(f"the {name} of {args.init_from} does not fit ({actions}): give this run the same "
+                            f"--{name.replace('_', '-')}... arguments, or omit it from --init-models") from error  # fmt: skip
+
+
+# --- Starting ---------------------------------------------------------------------------------------------------------
 def parse_args(argv: list[str]) -> Args:
-    """The command line -> Args. Explicit flags override a preset, or the arguments of a run that is resumed."""
+    """The command line -> Args. Flags override a preset, or the arguments of a resumed run. Raises IrisError."""
 
     @dataclass
-    class First:  # the two flags that decide where the others start
+    class First:  # the two flags that decide what the others default to
         preset: Preset = "paper"
         resume: str = ""
 
@@ -194,9 +878,12 @@ def parse_args(argv: list[str]) -> Args:
     first, _ = tyro.cli(First, args=[a for a in argv if a not in asks_for_help], return_unknown_args=True)
     if not first.resume or asks_for_help:
         return tyro.cli(Args, default=PRESETS[first.preset], args=argv)
-    saved = args_from_dict(read_checkpoint(checkpoint_path(first.resume)), first.resume)
+    saved = args_from_checkpoint(read_checkpoint(checkpoint_path(first.resume)), first.resume)
     args = tyro.cli(Args, default=saved, args=argv)
-    for name in ("env_id", "preset", "seed", "perceptual_loss", "tokenizer", "world_model", "actor_critic"):
+    if args.perceptual_loss == "auto":
+        args.perceptual_loss = saved.perceptual_loss
+    fixed = "env_id preset seed noop_max max_frames perceptual_loss run_dir init_from tokenizer world_model"
+    for name in [*fixed.split(), "actor_critic"]:
         old, new = getattr(saved, name), getattr(args, name)
         if old != new:
             raise IrisError(f"{first.resume} is a run with {name} {old}, not {new}: leave that out, or start a new run")
@@ -204,7 +891,7 @@ def parse_args(argv: list[str]) -> Args:
 
 
 def check(args: Args) -> None:
-    """Raises IrisError for a number that no run can have; what a phase would trip over hours later is said at once."""
+    """Raises IrisError for numbers that no run can have, before a phase would fail on them hours later."""
     least = {"seed": 0, "burn_in": 0, "accumulate": 0, "eval_every": 0, "tokenizer_until": 0, "horizon": 2}
     for name, value in vars(args).items():
         flag = f"--{name.rstrip('_').replace('_', '-')}"
@@ -227,693 +914,39 @@ def check(args: Args) -> None:
         raise IrisError("the actor-critic's convolutions each halve the frame: 64 pixels are enough for 6 of them")
 
 
-def args_from_dict(checkpoint: dict, source: Path | str) -> Args:
-    """Args as they stand in a run's checkpoint. Raises IrisError if they are not this program's.
+def choose_device(args: Args) -> tuple[torch.device, bool]:
+    """The device of --device, and whether --precision comes to bfloat16: `auto` does where the hardware multiplies in it.
 
-    Arguments younger than the run have their class's default, which is what was done before they came.
+    Raises IrisError if there is no such device.
     """
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        values = {"env_id": checkpoint["args"]["env_id"], **checkpoint["args"]}
-        for name, config in (
-            ("tokenizer", TokenizerConfig), ("world_model", WorldModelConfig), ("actor_critic", ActorCriticConfig)
-        ):  # fmt: skip
-            values[name] = config(**values[name])
-        return Args(**values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise IrisError(f"{source} is no checkpoint of an IRIS run of this version ({error})") from error
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise IrisError(f"--device {name} is not available here: leave it out, or use --device cpu") from error
+    if args.precision != "auto":
+        return device, args.precision == "bf16"
+    if device.type == "cuda":
+        return device, torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, device.type == "cpu" and any("bf16" in k and v for k, v in torch.cpu.get_capabilities().items())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environment (paper, appendix)
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-FRAME_SPACE = gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
-
-
-class AtariFrames(gym.Wrapper):
-    """A `...NoFrameskip-v4` game as IRIS sees it: an action lasts 4 screens, a frame is the maximum of the last two.
-
-    With `life_loss_ends`, losing a life ends the episode, but not the game: `info["life_lost"]` is then True, and a
-    `reset()` without a seed plays on with one no-op step. A `reset(seed=...)` always begins a new game. `screen` is the
-    latest frame for people: (210, 160, 3) uint8, nothing resized.
-    """
-
-    def __init__(self, env: gym.Env, noop_max: int, life_loss_ends: bool):
-        super().__init__(env)
-        self.noop_max, self.life_loss_ends, self.life_lost = noop_max, life_loss_ends, False
-        self.observation_space = FRAME_SPACE
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if self.life_lost and seed is None:
-            frame, _, terminated, truncated, info = self.step(0)
-            if self.life_lost or not (terminated or truncated):  # a second life lost at once is no game over either
-                self.life_lost = False
-                return frame, info
-        screen, info = self.env.reset(seed=seed, options=options)
-        for _ in range(self.np_random.integers(1, self.noop_max + 1)):
-            screen, _, terminated, truncated, info = self.env.step(0)
-            if terminated or truncated:
-                screen, info = self.env.reset(options=options)
-        self.lives, self.life_lost = self.unwrapped.ale.lives(), False
-        self.screen = screen
-        return resize_frame(torch.from_numpy(screen)).numpy(), info
-
-    def step(self, action: int):
-        screens, total = [], 0.0
-        for _ in range(4):
-            screen, reward, terminated, truncated, info = self.env.step(action)
-            screens.append(screen)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        # Resized first, then the maximum: the other order gives another picture of what flickers.
-        frame = np.maximum.reduce([resize_frame(torch.from_numpy(screen)).numpy() for screen in screens[-2:]])
-        self.screen = np.maximum.reduce(screens[-2:])
-        lives = self.unwrapped.ale.lives()
-        self.life_lost = self.life_loss_ends and 0 < lives < self.lives and not (terminated or truncated)
-        self.lives = lives
-        return frame, total, terminated or self.life_lost, truncated, {**info, "life_lost": self.life_lost}
-
-
-class ResizedFrames(gym.ObservationWrapper):
-    """Any other game: images (H, W[, 1 or 3]) uint8 become frames. `screen` is the latest image, (H, W, 3)."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.observation_space = FRAME_SPACE
-
-    def observation(self, image: np.ndarray) -> np.ndarray:
-        image = image.reshape(*image.shape[:2], -1)  # (H, W, 1 or 3)
-        self.screen = np.repeat(image, 3 // image.shape[2], axis=2)
-        return resize_frame(torch.from_numpy(self.screen)).numpy()
-
-
-def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_loss_ends: bool = False) -> gym.Env:
-    """Any gymnasium game with frames (64, 64, 3) uint8 and Discrete actions. The defaults are those of a test game.
-
-    `noop_max`, `max_frames` and `life_loss_ends` speak of `{Game}NoFrameskip-v4` ids; other ids keep their own rules
-    and have their image resized. Raises IrisError for an unknown id, other actions, or no image.
-    """
-    gym.register_envs(ale_py)
-    gym.logger.min_level = gym.logger.ERROR  # else each game complains that a v5 exists, which has sticky actions
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+def choose_perceptual_loss(args: Args) -> Lpips | None:
+    """Settles `args.perceptual_loss` to lpips or pixel, and returns the network if it is lpips."""
+    lpips = None
     try:
-        env = gym.make(env_id)
-        is_atari = env.spec.id.endswith("NoFrameskip-v4")
-        if is_atari:
-            env.close()
-            env = gym.make(env.spec.id, max_num_frames_per_episode=max_frames)
-    except Exception as error:  # an environment is somebody else's code: it may fail in any way
-        raise IrisError(f"no environment {env_id!r}: {unknown_env_hint(env_id, error)}") from error
-    space, actions = env.observation_space, env.action_space
-    if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
-        raise IrisError(f"{env_id} has the action space {actions}; IRIS needs Discrete(n): wrap the environment")
-    if is_atari:
-        return AtariFrames(env, noop_max, life_loss_ends)
-    shape = space.shape if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 else ()
-    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3)):
-        raise IrisError(f"{env_id} observes {space}; IRIS needs an image (H, W[, 1 or 3]) of uint8: wrap it")
-    return ResizedFrames(env)
-
-
-def unknown_env_hint(env_id: str, error: Exception) -> str:
-    """One line on what might have been meant."""
-    if type(error) not in (gym.error.NameNotFound, gym.error.NamespaceNotFound, gym.error.VersionNotFound):
-        return " ".join(f"{type(error).__name__}: {error}".split())
-    suffix = "NoFrameskip-v4"
-    games = {name.removesuffix(suffix).lower(): name for name in gym.registry if name.endswith(suffix)}
-    others = {name.lower(): name for name in gym.registry}
-    bare = re.sub(r"(noframeskip)?(-v\d+)?$", "", env_id.split("/")[-1].lower())
-    near = [games[name] for name in difflib.get_close_matches(bare, games, n=2)]
-    near += [others[name] for name in difflib.get_close_matches(env_id.lower(), others, n=2)]
-    return f"did you mean {', '.join(dict.fromkeys(near))}?" if near else "gymnasium does not know it"
-
-
-def published_scores(env_id: str) -> dict[str, float]:
-    """Method -> mean return in that game, from results/published_scores.csv; empty where there are none."""
-    path = Path(__file__).parent / "results" / "published_scores.csv"
-    if not path.exists():
-        return {}
-    game = env_id.split("/")[-1].split("-")[0].removesuffix("NoFrameskip")
-    rows = (line.split(",") for line in path.read_text().splitlines())
-    return {method: float(score) for name, method, score in rows if name == game}
-
-
-def human_normalised(env_id: str, mean_return: float) -> float | None:
-    """0 is a random player, 1 a human one; None for a game without published scores."""
-    scores = published_scores(env_id)
-    return (mean_return - scores["random"]) / (scores["human"] - scores["random"]) if scores else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Replay
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Replay:
-    """All steps played, in order, in append-only files that are read through memory maps.
-
-    Step t holds the frame seen, the action taken at it, the reward this brought and whether the episode ended with it;
-    an episode is what lies between two ends. 100,000 steps take 1.23 GB on disk and hardly any memory. Plain appending
-    rather than a map to write through, because a full disk then is an error and not a crash.
-    """
-
-    COLUMNS = {
-        "frames": ("u1", (FRAME_SIZE, FRAME_SIZE, 3)), "actions": ("<i8", ()), "rewards": ("<f4", ()),
-        "ends": ("u1", ()),
-    }  # fmt: skip
-    frames: np.ndarray  # (steps, 64, 64, 3), and (steps,) the others, as of the latest flush
-    actions: np.ndarray
-    rewards: np.ndarray
-    ends: np.ndarray
-
-    def __init__(self, folder: Path, length: int | None = None, draw: str = Args.draw):
-        """Makes the files in `folder`; or, given the `length` that a checkpoint speaks of, opens them and forgets what
-        was written after it. `draw` is what `sample` draws uniformly, "episodes" or "steps". Raises IrisError if there
-        are steps already, or fewer than that."""
-        self.draw = draw
-        folder.mkdir(parents=True, exist_ok=True)
-        self.files = {}
-        for name, (dtype, shape) in self.COLUMNS.items():
-            path = folder / f"{name}.bin"
-            wanted = (length or 0) * int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
-            path.touch()
-            if length is None and path.stat().st_size:
-                raise IrisError(f"{path} holds steps that no checkpoint speaks of: move {folder} away")
-            if path.stat().st_size < wanted:
-                raise IrisError(f"{path} is shorter than its checkpoint says: the run can't be resumed")
-            os.truncate(path, wanted)
-            self.files[name] = open(path, "ab")
-        self.flush()
-
-    def append(self, frame: np.ndarray, action: int, reward: float, end: bool) -> None:
-        """One step; it can be read after the next `flush`."""
-        for name, value in (("frames", frame), ("actions", action), ("rewards", reward), ("ends", end)):
-            self.files[name].write(np.asarray(value, dtype=self.COLUMNS[name][0]).tobytes())
-
-    def flush(self, to_disk: bool = False) -> None:
-        """Makes appended steps readable, and with `to_disk` safe against a power cut."""
-        for name, (dtype, shape) in self.COLUMNS.items():
-            self.files[name].flush()
-            if to_disk:
-                os.fsync(self.files[name].fileno())
-            path = self.files[name].name
-            empty = os.path.getsize(path) == 0  # an empty file can't be mapped
-            column = np.empty(0, dtype) if empty else np.memmap(path, dtype, mode="r")
-            setattr(self, name, column.reshape(-1, *shape))
-        stops = np.flatnonzero(self.ends) + 1
-        if len(self) > (stops[-1] if len(stops) else 0):
-            stops = np.append(stops, len(self))  # the episode that still goes on
-        self.starts, self.stops = np.concatenate([[0], stops[:-1]]).astype(np.int64), stops  # (episodes,)
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def sample(self, rng: np.random.Generator, n: int, length: int, anchor: str) -> tuple[np.ndarray, np.ndarray]:
-        """n segments -> indices of steps (n, length), and mask (n, length), False where a segment sticks out.
-
-        An episode is drawn uniformly, whatever its length, or where `draw` is "steps" in proportion to it. Then, with
-        anchor "start", the first step is uniform over it, and padding is on the right (tokenizer, world model); with
-        "stop" the last step is, and padding is on the left (actor-critic). Padded places hold the index of some step
-        of the same episode.
-        """
-        lengths = self.stops - self.starts
-        episodes = rng.choice(len(lengths), n, p=lengths / len(self) if self.draw == "steps" else None)
-        starts, stops = self.starts[episodes, None], self.stops[episodes, None]  # (n, 1)
-        chosen = rng.integers(starts, stops)  # (n, 1)
-        offsets = np.arange(length) if anchor == "start" else np.arange(1 - length, 1)
-        indices = chosen + offsets  # (n, length)
-        return np.clip(indices, starts, stops - 1), (indices >= starts) & (indices < stops)
-
-    def sample_frames(self, rng: np.random.Generator, n: int, device: torch.device) -> Tensor:
-        """n frames (n, 3, 64, 64), drawn as in `sample`."""
-        return self.frames_at(self.sample(rng, n, 1, "start")[0][:, 0], device)
-
-    def frames_at(self, indices: np.ndarray, device: torch.device) -> Tensor:
-        """Steps (...) -> their frames (..., 3, 64, 64) in [0, 1], on the device."""
-        return to_model(torch.from_numpy(self.frames[indices]).to(device))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The state of a run, and the phases of an epoch
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """All that changes while training. A checkpoint holds it; `replay` lies beside the checkpoint."""
-
-    args: Args
-    folder: Path
-    device: torch.device
-    bf16: bool
-    agent: Agent
-    optimizers: dict[str, torch.optim.Optimizer]
-    lpips: Lpips | None
-    dream: Dream
-    env: gym.Env
-    replay: Replay
-    rng: np.random.Generator  # all draws outside of torch: segments, epsilon, seeds
-    lock_file: Any  # open as long as the run is
-    epoch: int = 0  # the last one that is complete
-    game_seed: int = -1  # of the training game that is being played; -1 before the first
-    game_start: int = 0  # the step at which it began
-    frame: np.ndarray | None = None  # what it shows now, (64, 64, 3) uint8
-    writer: Any = None  # TensorBoard's
-    tokens: Tensor | None = None  # the replay's, (steps, K) int64 on the device
-    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # that each phase took
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-
-def collect(run: Run) -> dict[str, float]:
-    """Plays `collect_steps` of the training game into the replay; mean return and length of the episodes that ended,
-    which in an Atari game are single lives."""
-    args, agent, device = run.args, run.agent, run.device
-    if run.frame is None:
-        new_game(run)
-    # What the LSTM remembered was computed by an older tokenizer and an older LSTM: warm it up on the latest frames.
-    length = len(run.replay)
-    start = length if length == 0 or run.replay.ends[-1] else int(run.replay.starts[-1])  # of the current episode
-    recent = run.replay.frames_at(np.arange(max(start, length - args.burn_in), length), device)[None]  # (1, L, 3, ...)
-    with run.autocast(), torch.no_grad():
-        state = agent.actor_critic.initial_state(1)
-        if recent.shape[1] > 0:
-            seen = torch.ones(recent.shape[:2], dtype=torch.bool, device=device)
-            state = agent.actor_critic.warm_up(agent.tokenizer.reconstruct(recent[0])[None], seen)
-
-    ended, held = [], 0
-    untrained = run.epoch < args.actor_critic_from
-    for step in trange(length, length + args.collect_steps, desc="collect", leave=False, disable=None):
-        with run.autocast():
-            actions, state = agent.act(
-                to_model(torch.from_numpy(run.frame)[None].to(device)), state, args.collect_temperature
-            )
-        action = int(actions)
-        if run.rng.random() < args.collect_epsilon:
-            action = int(run.rng.integers(run.env.action_space.n))
-        if held > 0:
-            action, held = last_action, held - 1
-        elif untrained and args.collect_hold > 1:
-            held = min(int(run.rng.zipf(2.0)), args.collect_hold) - 1  # n steps in all as often as 1 / n^2
-        last_action = action
-        frame, reward, terminated, truncated, info = run.env.step(action)
-        if not np.isfinite(reward):
-            raise IrisError(f"{args.env_id} gave the reward {reward} at step {step}: mend the environment")
-        run.replay.append(run.frame, action, float(reward), terminated or truncated)
-        run.frame = frame
-        if terminated or truncated:
-            ended.append((start, step + 1))
-            start = step + 1
-            state = agent.actor_critic.initial_state(1)
-            if info.get("life_lost"):
-                run.frame, _ = run.env.reset()
-            else:
-                new_game(run, start)
-    run.replay.flush()
-    for begin, stop in ended:
-        columns = {name: np.array(getattr(run.replay, name)[begin:stop]) for name in Replay.COLUMNS}
-        save_episode(run.folder / "media/episodes/train", f"step_{begin:07d}", columns)
-    if not ended:
-        return {}
-    returns = [float(run.replay.rewards[begin:stop].sum()) for begin, stop in ended]
-    lengths = [stop - begin for begin, stop in ended]
-    return {"train/return": np.mean(returns), "train/length": np.mean(lengths), "train/episodes": len(ended)}
-
-
-def new_game(run: Run, start: int = 0) -> None:
-    """Resets the training game with a seed of its own, so that a resumed run can play it again from there."""
-    run.game_seed, run.game_start = int(run.rng.integers(2**31)), start
-    run.frame, _ = run.env.reset(seed=run.game_seed)
-
-
-def replay_game(run: Run) -> None:
-    """Brings the environment of a resumed run to where it stood: the same seed, and the recorded actions since then."""
-    if run.game_seed < 0:
-        return
-    frame, _ = run.env.reset(seed=run.game_seed)
-    for step in range(run.game_start, len(run.replay)):
-        if not np.array_equal(frame, run.replay.frames[step]):
-            raise IrisError(f"{run.args.env_id} does not repeat itself from its seed: the run can't be resumed exactly")
-        frame, _, terminated, truncated, _ = run.env.step(int(run.replay.actions[step]))
-        if terminated or truncated:  # only ever a life lost: a game over would have begun another game
-            frame, _ = run.env.reset()
-    run.frame = frame
-
-
-def parts_of(run: Run, name: str) -> int:
-    """Into how many parts a component's batch is split (see Args.accumulate); dreams are never split."""
-    batch_size, fits_a_cpu = getattr(run.args, f"{name}_batch_size"), {"tokenizer": 32, "world_model": 16}.get(name)
-    if fits_a_cpu is None:
-        return 1
-    return min(batch_size, run.args.accumulate or (-(-batch_size // fits_a_cpu) if run.device.type == "cpu" else 1))
-
-
-def optimise(run: Run, name: str, losses_of: Callable[[int], tuple[dict, dict]]) -> dict[str, float]:
-    """The inside of each training phase: an epoch's optimiser steps on one component; means of all that was logged.
-
-    `losses_of(n)` draws n samples and returns their losses and metrics. Nothing is read back from the device until the
-    end, so a loss that is not finite is found then; the checkpoint of the epoch before is still the last one. Raises
-    IrisError with component, epoch and step in that case.
-    """
-    component, optimizer = getattr(run.agent, name), run.optimizers[name]
-    steps, batch_size = getattr(run.args, f"{name}_steps"), getattr(run.args, f"{name}_batch_size")
-    sizes = [len(part) for part in np.array_split(np.arange(batch_size), parts_of(run, name))]
-    component.train()
-    logged: dict[str, list[Tensor]] = defaultdict(list)
-    began = time.perf_counter()
-    for _ in trange(steps, desc=name.replace("_", " "), leave=False, disable=None):
-        optimizer.zero_grad()
-        for size in sizes:
-            with run.autocast():
-                losses, metrics = losses_of(size)
-            total = sum(losses.values())
-            (total * (size / batch_size)).backward()
-            for key, value in {**losses, "loss": total, **metrics}.items():
-                logged[key].append(value.detach())
-        # A norm that is not finite would spoil the weights while every loss still looks well, so it is logged, and
-        # checked, like a loss.
-        norm = nn.utils.clip_grad_norm_(component.parameters(), run.args.max_grad_norm)
-        logged["grad_norm"].append(norm.detach())
-        optimizer.step()
-    component.eval()
-    columns = {key: torch.stack(values).float().cpu() for key, values in logged.items()}
-    for key, values in columns.items():
-        if not values.isfinite().all():
-            step = int((~values.isfinite()).nonzero()[0, 0]) * steps // len(values) + 1
-            raise IrisError(
-                f"the {name.replace('_', ' ')}'s {key} is not finite in epoch {run.epoch + 1}, step {step}. The "
-                f"checkpoint of epoch {run.epoch} is kept: try --resume {run.folder} with a lower learning rate"
-            )
-    speed = steps / (time.perf_counter() - began)
-    return {f"{name}/{key}": float(values.mean()) for key, values in columns.items()} | {f"speed/{name}": speed}
-
-
-def fit_standardize(run: Run, model: Tokenizer | ActorCritic) -> None:
-    """Before its first training, and with `standardize`: the statistics of what it will look at."""
-    if model.config.standardize and not model.standardize.fitted:
-        model.standardize.fit(run.replay.sample_frames(run.rng, min(1024, len(run.replay)), run.device))
-
-
-def train_tokenizer(run: Run) -> dict[str, float]:
-    """Phase 1: learn to write frames as tokens, and to paint them back."""
-    tokenizer = run.agent.tokenizer
-    tokenizer.revive_after = run.args.tokenizer.revive_after * parts_of(run, "tokenizer")  # it counts parts
-    fit_standardize(run, tokenizer)
-    if until := run.args.tokenizer_until:
-        share_left = (until - run.epoch) / (until - run.args.tokenizer_from + 1)  # of its epochs, this one included
-        for group in run.optimizers["tokenizer"].param_groups:
-            group["lr"] = run.args.tokenizer_learning_rate * min(1, 2 * share_left)
-    run.tokens = None  # they were another tokenizer's
-    return optimise(
-        run, "tokenizer", lambda n: (tokenizer.loss(run.replay.sample_frames(run.rng, n, run.device), run.lpips), {})
-    )
-
-
-def encode_replay(run: Run) -> dict[str, float]:
-    """Between the phases: the tokens of all frames. Both later phases read them, so a frame is encoded once an epoch
-    at most, not once a sample (525,000 times an epoch at the paper's sizes)."""
-    first = 0 if run.tokens is None else len(run.tokens) // 256 * 256  # same parts, so same roundings, after a resume
-    known = [] if run.tokens is None else [run.tokens[:first]]
-    for start in range(first, len(run.replay), 256):
-        with run.autocast():
-            frames = run.replay.frames_at(np.arange(start, min(start + 256, len(run.replay))), run.device)
-            known.append(run.agent.tokenizer.encode(frames))
-    run.tokens = torch.cat(known)
-    shares = run.tokens.flatten().bincount(minlength=run.args.tokenizer.vocab_size).double() / run.tokens.numel()
-    perplexity = torch.special.entr(shares).sum().exp()
-    return {"codes/in_use": float((shares > 0).sum()), "codes/perplexity": float(perplexity)}
-
-
-def train_world_model(run: Run) -> dict[str, float]:
-    """Phase 2: learn how the tokens go on."""
-
-    def tokens_at(indices: np.ndarray) -> Tensor:
-        return run.tokens[torch.from_numpy(indices).to(run.device)]
-
-    return optimise(
-        run, "world_model", lambda n: (run.agent.world_model.loss(*sequences(run, run.replay, n, tokens_at)), {})
-    )
-
-
-def sequences(run: Run, replay: Replay, n: int, tokens_at: Callable[[np.ndarray], Tensor]) -> list[Tensor]:
-    """n segments as `WorldModel.loss` wants them: tokens (n, L, K), actions, rewards, ends and mask (n, L)."""
-    indices, mask = replay.sample(run.rng, n, run.args.world_model.max_blocks, "start")
-    columns = replay.actions[indices], replay.rewards[indices], replay.ends[indices], mask
-    return [tokens_at(indices), *(torch.from_numpy(column).to(run.device) for column in columns)]
-
-
-def train_actor_critic(run: Run) -> dict[str, float]:
-    """Phase 3: learn to act, in dreams."""
-    args, painted = run.args, None
-    fit_standardize(run, run.agent.actor_critic)
-    # Every dream first shows the LSTM real frames, reconstructed: 256,000 an epoch at the paper's sizes. As long as the
-    # replay has fewer, each is painted once, and kept in the replay's own format.
-    if len(run.replay) < args.actor_critic_steps * args.actor_critic_batch_size * args.burn_in:
-        painted = torch.empty(len(run.replay), FRAME_SIZE, FRAME_SIZE, 3, dtype=torch.uint8, device=run.device)
-        for tokens, place in zip(run.tokens.split(256), painted.split(256), strict=True):
-            with run.autocast(), torch.no_grad():
-                place.copy_(to_stored(run.agent.tokenizer.decode(tokens)))
-    return optimise(
-        run, "actor_critic",
-        lambda n: actor_critic_loss(
-            dream_on(run, n, painted), args.gamma, args.lambda_, args.entropy_weight, args.behind_ends
-        ),
-    )
-
-
-def dream_on(run: Run, n: int, painted: Tensor | None = None) -> Rollout:
-    """n imagined episodes that begin somewhere in the replay, whose reconstructions may be `painted` already."""
-    args, agent = run.args, run.agent
-    indices, mask = run.replay.sample(run.rng, n, args.burn_in + 1, "stop")
-    indices, mask = torch.from_numpy(indices).to(run.device), torch.from_numpy(mask).to(run.device)
-    state = agent.actor_critic.initial_state(n)
-    if args.burn_in:
-        before = indices[:, :-1].flatten()
-        with torch.no_grad():  # in parts of 256 frames, for a decoder's activations are large
-            parts = [to_model(painted[part]) if painted is not None else agent.tokenizer.decode(run.tokens[part])
-                     for part in before.split(256)]  # fmt: skip
-        state = agent.actor_critic.warm_up(torch.cat(parts).unflatten(0, (n, args.burn_in)), mask[:, :-1])
-    first = run.dream.reset_from_tokens(run.tokens[indices[:, -1]])
-    return imagine(agent.actor_critic, run.dream, first, state, args.horizon)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-
-KEPT_TEST_STEPS = 2000  # of each test episode, for losses and media; half an hour of frames would fill the memory
-
-
-@torch.no_grad()
-def play_test_episodes(
-    agent: Agent, args: Args, device: torch.device, seed: int, keep: int = KEPT_TEST_STEPS
-) -> list[dict]:
-    """Whole games -> for each: return, length, and the replay's columns of its first `keep` steps.
-
-    They are played in rounds of `test_envs` side by side, each round until its longest game is over: to stop at the
-    first sixteen that end would favour short, that is bad, games.
-    """
-    envs = [make_env(args.env_id, args.test_noop_max, args.test_max_frames) for _ in range(args.test_envs)]
-    games: list[dict] = []
-    for start in trange(0, args.test_episodes, args.test_envs, desc="test episodes", leave=False, disable=None):
-        going = list(zip(envs, range(start, args.test_episodes)))  # (environment, number of its game)
-        games += [{"return": 0.0, "length": 0, **{name: [] for name in Replay.COLUMNS}} for _ in going]
-        frames = [env.reset(seed=seed + number)[0] for env, number in going]
-        state = agent.actor_critic.initial_state(len(going))
-        while going:
-            seen = to_model(torch.from_numpy(np.stack(frames)).to(device))
-            actions, state = agent.act(seen, state, args.test_temperature)
-            still, next_frames = [], []
-            for place, ((env, number), action) in enumerate(zip(going, actions.tolist(), strict=True)):
-                next_frame, reward, terminated, truncated, _ = env.step(action)
-                game, end = games[number], terminated or truncated
-                game["return"] += float(reward)
-                game["length"] += 1
-                if game["length"] <= keep:
-                    for name, value in zip(Replay.COLUMNS, (frames[place], action, reward, end), strict=True):
-                        game[name].append(value)
-                if not end:
-                    still.append(place)
-                    next_frames.append(next_frame)
-            going, frames = [going[place] for place in still], next_frames
-            state = tuple(x[torch.tensor(still, dtype=torch.int64, device=device)] for x in state)
-    for env in envs:
-        env.close()
-    return [game | {name: np.array(game[name], dtype) for name, (dtype, _) in Replay.COLUMNS.items()} for game in games]
-
-
-@torch.no_grad()
-def evaluate(run: Run) -> dict[str, float]:
-    """Test episodes, the models' losses on them, and pictures: reconstructions and imagined episodes."""
-    args, agent, epoch, media = run.args, run.agent, run.epoch + 1, run.folder / "media"
-    with tempfile.TemporaryDirectory() as folder, run.autocast():
-        games, test = play_test_episodes(agent, args, run.device, int(run.rng.integers(2**31))), Replay(Path(folder))
-        for i, game in enumerate(games):
-            save_episode(media / "episodes/test", f"epoch_{epoch:04d}_{i:02d}", game)
-            game["ends"][-1] = 1  # also where only its first steps were kept: nothing may cross from game to game
-            for step in zip(*(game[name] for name in Replay.COLUMNS), strict=True):
-                test.append(*step)
-        test.flush()
-        returns = np.array([game["return"] for game in games])
-        metrics = {"test/return": returns.mean(), "test/return_std": returns.std()}
-        metrics["test/return_median"] = np.median(returns)
-        metrics["test/length"] = np.mean([game["length"] for game in games])
-        if (score := human_normalised(args.env_id, returns.mean())) is not None:
-            metrics["test/human_normalised_score"] = score
-
-        if epoch >= args.tokenizer_from:
-            batches = [test.sample_frames(run.rng, 64, run.device) for _ in range(4)]
-            losses = [agent.tokenizer.loss(batch, run.lpips) for batch in batches]
-            metrics |= {f"tokenizer_test/{key}": np.mean([float(loss[key]) for loss in losses]) for key in losses[0]}
-            originals = test.frames_at(np.linspace(0, len(test) - 1, 8).astype(int), run.device)
-            pair = [originals.cpu(), agent.tokenizer.reconstruct(originals).cpu()]
-            save_picture(media / f"reconstructions/epoch_{epoch:04d}.png", pair)
-            run.writer.add_images("reconstructions", torch.cat(pair), epoch)
-
-        if epoch >= args.world_model_from:
-
-            def tokens_at(indices: np.ndarray) -> Tensor:
-                return agent.tokenizer.encode(test.frames_at(indices.ravel(), run.device)).unflatten(0, indices.shape)
-
-            losses = [agent.world_model.loss(*sequences(run, test, 8, tokens_at)) for _ in range(4)]
-            metrics |= {f"world_model_test/{key}": np.mean([float(loss[key]) for loss in losses]) for key in losses[0]}
-            rollout = dream_on(run, 4)
-            frames = to_stored(torch.stack(rollout.frames, dim=1))  # (4, horizon, 64, 64, 3) uint8
-            columns = [x.cpu().numpy() for x in (frames, rollout.actions, rollout.rewards, rollout.ends)]
-            for i, episode in enumerate(zip(*columns, strict=True)):
-                named = dict(zip(Replay.COLUMNS, episode, strict=True))
-                save_episode(media / "episodes/imagination", f"epoch_{epoch:04d}_{i:02d}", named)
-            strip = np.concatenate(list(columns[0][0]), axis=1)  # (64, horizon * 64, 3)
-            run.writer.add_image("imagined_episode", strip, epoch, dataformats="HWC")
-    return metrics
-
-
-def write_episode(path: Path, content: dict[str, Any]) -> None:
-    """An `.npz` that is there whole or not at all. Raises OSError."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # there is one only where writing failed
-
-
-def save_episode(folder: Path, name: str, columns: dict[str, np.ndarray]) -> None:
-    """Keeps an episode as `.npz` (frames, actions, rewards, ends, return); of all, the last ten and the best stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    total = float(columns.get("return", columns["rewards"].sum()))
-    content = {key: columns[key] for key in Replay.COLUMNS} | {"return": total}
-
-    write_episode(folder / f"{name}.npz", content)
-    best = folder / "best.npz"
-    try:
-        beaten = total > float(np.load(best)["return"])
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):  # there is none, or a power cut emptied it
-        beaten = True
-    if beaten:
-        write_episode(best, content)
-    for old in sorted(path for path in folder.glob("*.npz") if path != best)[:-10]:
-        old.unlink()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def checkpoint_path(run_or_checkpoint: Path | str) -> Path:
-    """A run's folder, or a checkpoint itself -> the checkpoint."""
-    path = Path(run_or_checkpoint)
-    return path / "checkpoint.pt" if path.is_dir() else path
-
-
-def save_checkpoint(run: Run, epoch: int) -> None:
-    """Writes all that resuming after this epoch needs but the replay, so that a kill at any moment leaves a whole
-    checkpoint. The replay goes to disk first; then a file beside the checkpoint is written, synced and renamed over it.
-    """
-    run.replay.flush(to_disk=True)
-    content = {
-        "args": asdict(run.args),
-        "num_actions": run.agent.world_model.num_actions,
-        "epoch": epoch,
-        "agent": run.agent.state_dict(),
-        "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
-        "replay_length": len(run.replay),
-        "game_seed": run.game_seed,
-        "game_start": run.game_start,
-        "numpy_rng": json.dumps(run.rng.bit_generator.state),  # as text, for its integers have 128 bits
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
-    }
-    buffer = io.BytesIO()  # torch.save answers a full disk with errors of its own; writing bytes with the system's
-    torch.save(content, buffer)
-    temporary = run.folder / "checkpoint.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)  # it would only help to fill the disk
-        raise
-    temporary.replace(run.folder / "checkpoint.pt")
-    folder = os.open(run.folder, os.O_RDONLY)
-    os.fsync(folder)  # the new name, too, is on the disk only now
-    os.close(folder)
-
-
-def restore(run: Run, checkpoint: dict) -> None:
-    """Brings a run, just built from the same arguments, to where the checkpoint was written."""
-    run.agent.load_state_dict(checkpoint["agent"])
-    for name, optimizer in run.optimizers.items():
-        settings = [{key: group[key] for key in ("lr", "weight_decay")} for group in optimizer.param_groups]
-        optimizer.load_state_dict(checkpoint["optimizers"][name])
-        for group, setting in zip(optimizer.param_groups, settings, strict=True):
-            group.update(setting)  # the arguments': a run may be resumed with a lower learning rate
-    run.epoch, run.game_seed, run.game_start = (checkpoint[key] for key in ("epoch", "game_seed", "game_start"))
-    if run.epoch < run.args.collect_epochs:
-        replay_game(run)
-    # Last, because building and replaying may have drawn random numbers.
-    run.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
-    torch.set_rng_state(checkpoint["torch_rng"])
-    if run.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(checkpoint["cuda_rng"], run.device)
-
-
-def build_agent(args: Args, num_actions: int) -> Agent:
-    """The three models in the sizes of the arguments, in evaluation mode. Raises IrisError if no such model can be."""
-    try:
-        tokenizer = Tokenizer(args.tokenizer)
-        world_model = WorldModel(args.tokenizer.vocab_size, num_actions, args.world_model)
-        return Agent(tokenizer, world_model, ActorCritic(num_actions, args.actor_critic)).eval()
-    except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
-        raise IrisError(f"no model has these sizes: {' '.join(str(error).split())}") from error
-
-
-def load_agent(run_or_checkpoint: Path | str) -> tuple[Agent, Args]:
-    """A run's folder, its checkpoint, or a published checkpoint -> the agent, in evaluation mode on the CPU, and Args.
-
-    Of a published one, Args are the paper's, and the game is what its file is called (Breakout.pt). Raises IrisError.
-    """
-    path = checkpoint_path(run_or_checkpoint)
-    content = read_checkpoint(path)
-    if "agent" not in content:
-        return agent_from_official(content, str(path)), Args(env_id=f"{path.stem}NoFrameskip-v4")
-    args = args_from_dict(content, path)
-    try:
-        agent = build_agent(args, content["num_actions"])
-        agent.load_state_dict(content["agent"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise IrisError(f"{path} is no checkpoint of this version") from error
-    return agent, args
+        lpips = None if args.perceptual_loss == "pixel" else load_lpips()
+    except OSError as error:
+        if args.perceptual_loss == "lpips":
+            raise IrisError(str(error)) from error
+        print(f"warning: training with the pixel loss, not the paper's perceptual loss: {error}", file=sys.stderr)
+    args.perceptual_loss = "lpips" if lpips else "pixel"
+    return lpips
 
 
 def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Optimizer]:
-    """Adam for each model, and AdamW for the world model (paper, appendix); fused: one operator for all weights."""
+    """Adam for tokenizer and actor-critic, AdamW for the world model [paper]. Fused: one operator for all weights."""
     groups = agent.world_model.parameter_groups(args.world_model_weight_decay)
     adam, adamw = torch.optim.Adam, torch.optim.AdamW
     return {
@@ -923,117 +956,33 @@ def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Optimizer
     }
 
 
-def init_from(agent: Agent, args: Args) -> None:
-    """Copies the chosen parts of another agent into this one (`--init-from`). Raises IrisError where they don't fit."""
-    source, source_args = load_agent(args.init_from)
-    ours, theirs = agent.world_model.num_actions, source.world_model.num_actions
-    if ours != theirs and (args.load_world_model or args.load_actor_critic):
-        raise IrisError(
-            f"{args.init_from} knows {theirs} actions and {args.env_id} has {ours}: take its tokenizer alone, with "
-            "--no-load-world-model --no-load-actor-critic"
-        )
-    # These settings change what weights mean, but not all of them change their shapes.
-    settings = {"tokenizer": ["standardize"], "world_model": ["heads"], "actor_critic": ["channels", "standardize"]}
-    for name, those in settings.items():
-        if not getattr(args, f"load_{name}"):
-            continue
-        try:
-            if any(getattr(getattr(args, name), one) != getattr(getattr(source_args, name), one) for one in those):
-                raise RuntimeError
-            getattr(agent, name).load_state_dict(getattr(source, name).state_dict())
-        except RuntimeError as error:
-            raise IrisError(
-                f"the {name} of {args.init_from} has other sizes or settings than this run's: give it the same "
-                f"--{name.replace('_', '-')}... or use --no-load-{name.replace('_', '-')}"
-            ) from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Starting
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def choose_device(args: Args) -> torch.device:
-    """The device that --device names. Raises IrisError if there is none such."""
-    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise IrisError(f"--device {name} is not to be had here: leave it out, or use --device cpu") from error
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bfloat16, rather than torch pretending it does."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return any("bf16" in name and there for name, there in capabilities.items())
-
-
-def choose_bf16(args: Args, device: torch.device) -> bool:
-    """Whether --precision comes to bfloat16 on this device."""
-    return has_bf16(device) if args.precision == "auto" else args.precision == "bf16"
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep the blocks that it frees. Else it returns large ones to the system at once, which clears
-    them page by page for the next batch: on a CPU that takes a third of the tokenizer's training time."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # another C library
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: what is free at the heap's end is never returned
-    mallopt(-4, 0)  # M_MMAP_MAX: blocks outside the heap, which are returned when freed
-
-
-def choose_perceptual_loss(args: Args) -> Lpips | None:
-    """Settles args.perceptual_loss on lpips or pixel, and returns the network if it is lpips."""
-    if args.perceptual_loss == "pixel":
-        return None
-    try:
-        lpips = load_lpips()
-        args.perceptual_loss = "lpips"
-        return lpips
-    except IrisError as error:
-        if args.perceptual_loss == "lpips":
-            raise
-        args.perceptual_loss = "pixel"
-        print(f"warning: training with the pixel loss, not the paper's perceptual loss: {error}", file=sys.stderr)
-        return None
-
-
 def build(args: Args) -> Run:
-    """Everything a run needs, from its arguments: fresh, or from where a resumed one stood."""
+    """All that a run needs, from its arguments: new, or as a resumed one was."""
     check(args)
     keep_freed_memory()
     torch.manual_seed(args.seed)
-    device = choose_device(args)
-    compilers = os.environ.get("CXX", ""), os.environ.get("CC", ""), "g++", "clang++", "gcc", "clang"
-    if args.compile and not any(map(shutil.which, compilers)):
+    device, bf16 = choose_device(args)
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
         raise IrisError("--compile needs a C++ compiler: install g++, or leave it out")
-    bf16 = choose_bf16(args, device)
-    torch.backends.cuda.matmul.fp32_precision = "tf32"  # what stays in float32 is multiplied in tensor cores too
     env = make_env(args.env_id, args.noop_max, args.max_frames, life_loss_ends=True)
-    checkpoint = read_checkpoint(checkpoint_path(args.resume)) if args.resume else None
     lpips = choose_perceptual_loss(args)
     agent = build_agent(args, int(env.action_space.n))
     if args.init_from and not args.resume:
         init_from(agent, args)
     agent.to(device)
-    optimizers = make_optimizers(agent, args)
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__iris__{args.seed}__{int(time.time())}"
     folder = checkpoint_path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
     if not args.resume and (folder / "checkpoint.pt").exists():
         raise IrisError(f"{folder} holds a run already: --resume {folder} goes on with it; or name another --run-dir")
     lock_file = lock(folder)
+    checkpoint = read_checkpoint(checkpoint_path(args.resume)) if args.resume else None
     try:
-        replay = Replay(folder / "replay", checkpoint["replay_length"] if checkpoint else None, args.draw)
+        dream = (CompiledDream if args.compile else Dream)(agent.tokenizer, agent.world_model)
         run = Run(
-            args, folder, device, bf16, agent, optimizers, lpips.to(device) if lpips else None,
-            Dream(agent.tokenizer, agent.world_model, args.compile), env, replay, np.random.default_rng(args.seed),
-            lock_file,
+            args, folder, lock_file, device, bf16, agent, make_optimizers(agent, args),
+            lpips and lpips.to(device), dream, env,
+            Replay(folder / "replay", checkpoint["replay_length"] if checkpoint else None),
+            np.random.default_rng(args.seed),
         )  # fmt: skip
         if checkpoint:
             restore(run, checkpoint)
@@ -1044,8 +993,19 @@ def build(args: Args) -> Run:
         raise IrisError(f"{folder} can't be resumed: its checkpoint is not one of this version ({error!r})") from error
 
 
+def keep_freed_memory() -> None:
+    """Tells glibc to keep the blocks that it frees. Else it returns large ones to the system at once, which clears them
+    page by page for the next batch: a third of the tokenizer's training time on a CPU."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # another C library
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return what is free at the heap's end
+    mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside the heap, which are returned when freed
+
+
 def lock(folder: Path) -> Any:
-    """Makes the run's folder, and keeps other processes from training in it while the returned file is open."""
+    """Makes the run's folder, and keeps other processes out of it as long as the returned file is open."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(folder / ".lock", "w")
@@ -1058,8 +1018,10 @@ def lock(folder: Path) -> Any:
     return handle
 
 
-def write_args(run: Run) -> None:
-    """args.json: every argument as it was settled, the libraries' versions, the git commit."""
+def start_logs(run: Run) -> Any:
+    """args.json (every argument as it was settled, the libraries' versions, the git commit), and TensorBoard's writer."""
+    from torch.utils.tensorboard import SummaryWriter
+
     settled = {"device": str(run.device), "precision": "bf16" if run.bf16 else "fp32"}
     settled["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")}
     try:
@@ -1068,132 +1030,46 @@ def write_args(run: Run) -> None:
     except OSError:
         settled["git_commit"] = None  # no git here
     (run.folder / "args.json").write_text(json.dumps(asdict(run.args) | settled, indent=2) + "\n")
-
-
-def start_writer(run: Run):
-    """The TensorBoard writer; with --track, Weights & Biases listens to it."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    if run.args.track:
-        try:
-            import wandb
-        except ImportError as error:
-            raise IrisError("--track needs Weights & Biases: pip install wandb") from error
-        wandb.init(
-            project=run.args.wandb_project, entity=run.args.wandb_entity or None, name=run.folder.name,
-            id=run.folder.name, resume="allow", sync_tensorboard=True, config=asdict(run.args), save_code=True,
-        )  # fmt: skip
-    # Epochs that were begun and not finished before a kill are played again: purge_step hides their first version.
-    writer = SummaryWriter(str(run.folder), purge_step=run.epoch + 1)
-    rows = [f"|{key}|{value}|" for key, value in asdict(run.args).items()]
-    writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *rows]), run.epoch)
+    # purge_step hides what an epoch logged that was killed before it was saved, and is played again
+    writer = SummaryWriter(str(run.folder), purge_step=len(run.replay) + 1)
+    if run.epoch == 0:
+        rows = [f"|{key}|{value}|" for key, value in asdict(run.args).items()]
+        writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *rows]), 0)
     return writer
 
 
-def warn_of_the_wait(run: Run) -> None:
-    """The paper's sizes on a CPU: says roughly how long an epoch takes, from how long 4 frames of the tokenizer do."""
-    # Training on a frame, a sequence, a dream, in units of the first, on a CPU (tests/benchmark.py).
-    costs = {"tokenizer": 1.0, "world_model": 3.5, "actor_critic": 8.5}
-    epoch = sum(getattr(run.args, f"{x}_steps") * getattr(run.args, f"{x}_batch_size") * costs[x] for x in costs)
-    for _ in range(2):  # the first time is a slow one
-        began = time.perf_counter()
-        with torch.random.fork_rng(), run.autocast():
-            sum(run.agent.tokenizer.loss(torch.rand(4, 3, FRAME_SIZE, FRAME_SIZE)).values()).backward()
-        seconds = (time.perf_counter() - began) / 4 * epoch
-    run.agent.zero_grad()
-    print(
-        f"The paper's sizes on a CPU: an epoch of all three phases will take about {duration(seconds)} here, and there "
-        f"are {run.args.epochs}. --preset laptop has sizes for a machine without a GPU.",
-        flush=True,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def duration(seconds: float) -> str:
-    minutes = int(seconds / 60)
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
-def phases(args: Args) -> dict[str, tuple[Callable[[Run], dict[str, float]], range]]:
-    """The phases of an epoch, in order: name -> what to do, and the epochs that do it."""
-    stop, tokenizer_stop = args.epochs + 1, min(args.tokenizer_until or args.epochs, args.epochs) + 1
-    first_to_need_tokens = min(args.tokenizer_from, args.world_model_from, args.actor_critic_from)
-    return {
-        "collect": (collect, range(1, min(args.collect_epochs, args.epochs) + 1)),
-        "tokenizer": (train_tokenizer, range(args.tokenizer_from, tokenizer_stop)),
-        "encode": (encode_replay, range(first_to_need_tokens, stop)),
-        "world_model": (train_world_model, range(args.world_model_from, stop)),
-        "actor_critic": (train_actor_critic, range(args.actor_critic_from, stop)),
-        "evaluate": (evaluate, range(args.eval_every, stop, args.eval_every) if args.eval_every else range(0)),
-    }
-
-
-def time_left(run: Run) -> str:
-    """From the latest durations of each phase; a lower bound while a phase that is to come has not been seen."""
-    seconds, unseen = 0.0, False
-    for name, (_, epochs) in phases(run.args).items():
-        due, seen = sum(epoch > run.epoch for epoch in epochs), run.seconds[name][-5:]
-        unseen |= due > 0 and not seen
-        seconds += due * sum(seen) / max(1, len(seen))
-    return f"{'over ' if unseen else ''}{duration(seconds)} left"
-
-
-def summary(run: Run, metrics: dict[str, float], seconds: float) -> str:
-    """An epoch in one line."""
-    shown = {
-        "train/return": "train return {:.2f}", "tokenizer/loss": "tokenizer {:.4f}", "codes/in_use": "{:.0f} codes",
-        "world_model/loss": "world model {:.3f}", "actor_critic/imagined_reward": "imagined reward {:.4f}",
-        "actor_critic/policy_entropy": "entropy {:.3f}", "test/return": "test return {:.2f}",
-    }  # fmt: skip
-    parts = [text.format(metrics[key]) for key, text in shown.items() if key in metrics]
-    head = f"epoch {run.epoch}/{run.args.epochs}  steps {len(run.replay)}"
-    return "  ".join([head, *parts, duration(seconds), time_left(run)])
-
-
 def main(args: Args) -> None:
-    """Trains IRIS. Raises IrisError for what the user can put right, KeyboardInterrupt when stopped."""
+    """Trains IRIS. Raises IrisError for what a user can put right, KeyboardInterrupt when stopped."""
     run = build(args)
     try:
-        write_args(run)
-        run.writer = start_writer(run)
+        run.writer = start_logs(run)
         if run.epoch == 0:
-            save_checkpoint(run, 0)  # shows at once whether there is room for it, and can be resumed as any other
+            save_checkpoint(run)  # shows whether there is room for it, and can be resumed like any other
         print(f"Run folder: {run.folder}   (tensorboard --logdir {run.folder.parent})", flush=True)
+        for name in ("tokenizer", "world_model", "actor_critic"):
+            if (start := getattr(args, f"{name}_from")) > args.epochs:
+                print(f"The {name} trains from epoch {start} on, so not within {args.epochs} epochs.", flush=True)
         if args.preset == "paper" and run.device.type == "cpu":
-            warn_of_the_wait(run)
-        while run.epoch < args.epochs:
-            began, metrics = time.perf_counter(), {}
-            for name, (phase, epochs) in phases(args).items():
-                if run.epoch + 1 in epochs:
-                    phase_began = time.perf_counter()
-                    metrics |= phase(run)
-                    run.seconds[name].append(time.perf_counter() - phase_began)
-                    metrics[f"seconds/{name}"] = run.seconds[name][-1]
-            metrics["environment_steps"] = len(run.replay)
-            for name, value in metrics.items():
-                run.writer.add_scalar(name, value, run.epoch + 1)
-            run.writer.flush()
-            save_checkpoint(run, run.epoch + 1)
-            run.epoch += 1  # only now is it complete, and what the messages below say of it true
-            print(summary(run, metrics, time.perf_counter() - began), flush=True)
-        print(f"Done: {run.epoch} epochs, {len(run.replay)} steps of the game. The agent: {run.folder}/checkpoint.pt")
+            print("The paper's sizes on a CPU take hours an epoch. --preset laptop has sizes for a CPU.", flush=True)
+        train(run)
+        print(f"Done: {args.epochs} epochs, {len(run.replay)} environment steps. The agent: {run.folder}/checkpoint.pt")
     except KeyboardInterrupt:
-        print(
-            f"\nStopped in epoch {run.epoch + 1}. Epoch {run.epoch} is saved in {run.folder}; go on from there with\n"
-            f"  python iris_train.py --resume {run.folder}"
-        )
+        print(f"\nStopped in epoch {run.epoch}. {saved(run)}")
         raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = "the disk is full" if full else f"the run folder failed ({error})"
-        raise IrisError(f"{what}. Epoch {run.epoch} is saved: mend that, then --resume {run.folder}") from error
+        raise IrisError(f"{what}. {saved(run)}") from error
     finally:
         if run.writer:
             run.writer.close()
+
+
+def saved(run: Run) -> str:
+    """What of a run that stops is on disk, in one line."""
+    if run.saved_epoch is None:
+        return f"Nothing was saved in {run.folder}"
+    return f"Epoch {run.saved_epoch} is saved; go on from there with: python iris_train.py --resume {run.folder}"
 
 
 if __name__ == "__main__":
