@@ -3,33 +3,35 @@
 An actor-critic sees decoded frames, keeps a memory in an LSTM, and puts out a policy and a value. It is trained on
 imagined episodes (IRIS, arXiv 2209.00588, section 2.3): the dream of chapter 2 is stepped 20 times with sampled
 actions, the rewards become lambda-returns, and actions that led to more than the value predicted become more likely.
-Real frames do two things only: they fill the LSTM's memory before a dream, and the last of them starts it.
+Real frames do two things only: 20 of them fill the LSTM's memory, and the 21st starts the dream.
 
-    20 real frames, reconstructed       1 real frame
-      |  warm_up: fills the memory        |  starts the dream
-      v  (no gradient)                    v
-    state ------------------->  frame 0 --> frame 1 --> ... --> frame 19
-                                  | ^         |                   |
-                                  v | action  v                   v
-                              actor-critic: policy logits (A,), value ();  the dream returns reward, end, next frame
+    real frames 1 .. 20                 real frame 21      dream       dream             dream
+      | reconstructed                     | reconstructed    |           |                 |
+      v                                   v                  v           v                 v
+    warm_up, no gradient --- state ---> actor-critic ---> actor-critic ---> ... ---> actor-critic       step by step
+                                          | logits, value    | state passes from step to step
+                                          v                  v
+                                        action ~ softmax --> dream.step(action): reward, end, next frame
 
-    gradient:  losses -> logits and values -> LSTM, back through the 20 steps -> convolutions; never into the dream
+    gradient:  losses -> logits and values -> LSTM, back to the first step -> convolutions; never into the dream
 
 Run it:    python iris_agent.py     (a minute on a laptop: a small game of memory in place of the dream)
-Reuse it:  copy this file; it needs torch only. `imagine` takes whatever has the `step` of a dream.
+Reuse it:  copy this file; it needs torch only.
 
     import torch
     from iris_agent import ActorCritic
-    actor_critic = ActorCritic(num_actions=4)
-    frames, mask = torch.rand(2, 20, 3, 64, 64), torch.ones(2, 20, dtype=torch.bool)
-    state = actor_critic.warm_up(frames, mask)                          # the memory after 20 frames
+    actor_critic, mask = ActorCritic(num_actions=4), torch.ones(2, 20, dtype=torch.bool)
+    state = actor_critic.warm_up(torch.rand(2, 20, 3, 64, 64), mask)
     logits, values, state = actor_critic(torch.rand(2, 3, 64, 64), state)
 
-With a dream (chapter 2) a training step is `rollout = imagine(actor_critic, dream, dream.reset(frames), state, 20)`,
-`losses, metrics = actor_critic_loss(rollout, gamma=0.995, lambda_=0.95, entropy_weight=0.001)`, and an optimiser's step
-on the sum of the losses; see the lesson at the end.
+A training step, with tokenizer and dream of chapters 1 and 2, and segments of real frames (N, 21, 3, 64, 64):
 
-Marks: [paper] is IRIS, [ours] is not. All defaults are the paper's.
+    past = tokenizer.reconstruct(segments[:, :-1].flatten(0, 1)).unflatten(0, (N, 20))
+    rollout = imagine(actor_critic, dream, dream.reset(segments[:, -1]), actor_critic.warm_up(past, mask), horizon=20)
+    losses, metrics = actor_critic_loss(rollout, gamma=0.995, lambda_=0.95, entropy_weight=0.001)
+
+and an optimiser's step on the losses' sum. The paper's: Adam, rate 1e-4, 64 segments, gradient norm clipped at 10.
+Actions are drawn from torch's global generator. [paper] is IRIS, [ours] is not. All defaults are the paper's.
 """
 import re
 from collections import OrderedDict
@@ -49,7 +51,7 @@ class ActorCriticConfig:
 
     channels: tuple[int, ...] = (32, 32, 64, 64)  # Of the convolutions; each halves height and width
     lstm_width: int = 512  # Width of the LSTM's hidden state
-    standardize: bool = False  # Scale each pixel by its own mean and deviation, in place of 0.5 and 0.5 [ours]
+    standardize: bool = False  # A training loop calls `ActorCritic.fit_pixels` before the first step [ours]
 
 
 class ActorCritic(nn.Module):
@@ -58,7 +60,8 @@ class ActorCritic(nn.Module):
     def __init__(self, num_actions: int, config: ActorCriticConfig = ActorCriticConfig()):
         super().__init__()
         self.config = config
-        self.register_buffer("mean", torch.full((3, 64, 64), 0.5))  # with both 0.5, [0, 1] becomes [-1, 1]
+        # Frames enter as (frames - mean) / std. With 0.5 and 0.5 that is [-1, 1] [paper], until `fit_pixels` [ours].
+        self.register_buffer("mean", torch.full((3, 64, 64), 0.5))
         self.register_buffer("std", torch.full((3, 64, 64), 0.5))
         layers, channels = OrderedDict(), 3
         for i, width in enumerate(config.channels, start=1):
@@ -87,7 +90,7 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def warm_up(self, frames: Tensor, mask: Tensor) -> State:
-        """The memory after frames (N, L, 3, 64, 64). Padding (mask (N, L) is False) leaves the state unchanged."""
+        """The memory after decoded frames (N, L, 3, 64, 64). Padding, mask (N, L) False, leaves the state unchanged."""
         n, length = mask.shape
         features = self.features(frames.flatten(0, 1)).unflatten(0, (n, length))  # (N, L, 1024)
         state = self.initial_state(n)
@@ -98,8 +101,8 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def fit_pixels(self, frames: Tensor) -> None:
-        """Takes mean and std from frames (N, 3, 64, 64) in [0, 1], once, before training [ours]. Otherwise a ball of a
-        few pixels is so small a part of the input that short training does not find it."""
+        """Takes mean and std from frames (N, 3, 64, 64) in [0, 1], once, before training [ours]. Otherwise small moving
+        objects are so small a part of the input that short training misses them."""
         self.mean.copy_(frames.mean(dim=0))
         self.std.copy_(frames.std(dim=0, correction=0) + 0.025)  # bounds the scale of a pixel that never changes
 
@@ -123,14 +126,14 @@ class Agent(nn.Module):
 
 
 def sample(logits: Tensor) -> Tensor:
-    """Logits (N, A) -> actions (N,), drawn from their softmax by the Gumbel-max trick, for which no GPU has to wait."""
+    """Logits (N, A) -> actions (N,). As `Categorical(logits=logits).sample()`, but nothing waits for a GPU."""
     return (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=1)
 
 
 # --- Imagination ------------------------------------------------------------------------------------------------------
 @dataclass
 class Rollout:
-    """N imagined episodes of L steps. All are (N, L) but the logits. Logits and values carry gradients."""
+    """N imagined episodes of L steps, (N, L) where nothing else is said. Logits and values carry gradients."""
 
     logits: Tensor  # (N, L, A)
     values: Tensor
@@ -141,17 +144,19 @@ class Rollout:
 
 
 def imagine(actor_critic: ActorCritic, dream, frames: Tensor, state: State, horizon: int) -> Rollout:
-    """Steps a dream that shows frames (N, 3, 64, 64) `horizon` times, with sampled actions [paper, section 2.3].
+    """Steps a dream `horizon` times, from frames (N, 3, 64, 64) on, with sampled actions [paper, section 2.3].
 
-    `dream` is an `iris_world_model.Dream`, or anything with its `step`. The gradient runs through the LSTM's states
-    from step to step, but not through frames and actions: they are sampled, and REINFORCE needs no derivative of them.
+    `dream.step(actions (N,), next_frame) -> frames (N, 3, 64, 64), rewards (N,), ends (N,) bool`, as in chapter 2; the
+    last step, with next_frame False, needs no frames. An end neither stops the dream nor resets the LSTM. Gradients run
+    through the LSTM's states. They stop at frames and actions: REINFORCE needs no derivative of samples.
     """
     steps, seen = [], []
     for t in range(horizon):
         seen.append(frames)
         logits, values, state = actor_critic(frames, state)
-        actions = sample(logits.detach())
-        frames, rewards, ends = dream.step(actions, next_frame=t + 1 < horizon)
+        with torch.no_grad():
+            actions = sample(logits)
+            frames, rewards, ends = dream.step(actions, next_frame=t + 1 < horizon)
         steps.append((logits, values, actions, rewards, ends))
     return Rollout(*(torch.stack(column, dim=1) for column in zip(*steps, strict=True)), seen)
 
@@ -160,8 +165,8 @@ def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, 
     """Rewards, values and ends (N, L) -> lambda-returns (N, L) [paper, section 2.3; Sutton and Barto, section 12.1].
 
     R_t = r_t + gamma * (1 - end_t) * ((1 - lambda) * v_{t+1} + lambda * R_{t+1}), backwards from R_{L-1} = v_{L-1}: the
-    last value stands for all that comes later. With lambda 0 a return is the reward and the next value; with lambda 1
-    it is all rewards, and the last value. An example with gamma 0.5 and lambda 0.5:
+    last value stands for the last reward and all that comes later. Lambda 0 gives r_t + gamma * v_{t+1}; lambda 1 gives
+    the discounted sum of all rewards and the last value. An example with gamma 0.5 and lambda 0.5:
 
         step      0       1      2     3     4
         reward    0       1      0     0     1
@@ -186,18 +191,21 @@ def actor_critic_loss(
         value          mean of (v_t - R_t)^2; no gradient to R
         entropy_bonus  -entropy_weight * mean entropy of pi
 
-    The means are over the first L - 1 steps: the last one gives the returns their bootstrap value. Steps after an
-    imagined end are counted as well [published code]; with `after_end=False` they are not [ours].
+    The means are over the first L - 1 steps: the last one gives the returns their bootstrap value, so L is 2 or more
+    (ValueError). Steps after an imagined end are counted as well [paper's code]; with `after_end=False` not [ours].
     """
+    if rollout.rewards.shape[1] < 2:
+        raise ValueError("a rollout needs 2 steps or more: the last one is only the returns' bootstrap value")
     with torch.no_grad():
         returns = lambda_returns(rollout.rewards, rollout.values, rollout.ends, gamma, lambda_)[:, :-1]
-        ended_before = rollout.ends.cumsum(dim=1) - rollout.ends.long() > 0  # (N, L)
+        ended_before = rollout.ends.cumsum(dim=1) - rollout.ends.long() > 0  # (N, L): an end at an earlier step
         counted = (after_end | ~ended_before).float()
 
     def mean(x: Tensor) -> Tensor:  # (N, L - 1) or (N, L) -> its mean over counted steps
         weights = counted[:, : x.shape[1]]
         return (x * weights).sum() / weights.sum()
 
+    # validate_args would read from the device
     values, policy = rollout.values[:, :-1], Categorical(logits=rollout.logits[:, :-1], validate_args=False)
     entropy = mean(policy.entropy())
     losses = {
@@ -206,7 +214,7 @@ def actor_critic_loss(
         "entropy_bonus": -entropy_weight * entropy,
     }
     metrics = {
-        "entropy": entropy.detach(), "mean_value": mean(values.detach()), "mean_return": mean(returns),
+        "entropy": entropy.detach(), "mean_value": mean(values.detach()), "mean_lambda_return": mean(returns),
         "imagined_reward": mean(rollout.rewards), "imagined_end": mean(rollout.ends.float()),
     }  # fmt: skip
     return losses, metrics
@@ -214,15 +222,15 @@ def actor_critic_loss(
 
 # --- The lesson: python iris_agent.py learns a game of memory ---------------------------------------------------------
 class FadingCatch:
-    """Stands in for the dream: n games in which a ball falls from row 0 to row 7 of a board of 8 rows and 4 columns,
-    and is visible in rows 0 to 2 only. Actions 0, 1, 2 move the paddle in row 7 left, not at all, right. The episode
-    ends when the ball arrives: reward 1 on the paddle, -1 beside it."""
+    """Stands in for the dream: n games in which a ball falls through 8 rows and 4 columns, visible in rows 0 to 2 only.
+    Actions 0, 1, 2 move the paddle in row 7 left, not at all, right. The episode ends when the ball arrives in row 7:
+    reward 1 on the paddle, -1 beside it."""
 
     def __init__(self, row: Tensor):
-        """Starts at rows (n,). `past` (n, 3, 3, 64, 64) holds the three frames before, as far as `mask` is True."""
+        """Starts at rows (n,). `past` (n, 3, 3, 64, 64) holds the 3 frames before; `mask` is False before row 0."""
         self.row, self.column, self.paddle = row, torch.randint(4, row.shape), torch.randint(4, row.shape)
-        before = torch.tensor([3, 2, 1])
-        self.past, self.mask = torch.stack([self.draw(row - k) for k in before], dim=1), row[:, None] >= before
+        steps_back = torch.tensor([3, 2, 1])
+        self.past, self.mask = torch.stack([self.draw(row - k) for k in steps_back], dim=1), row[:, None] >= steps_back
 
     def draw(self, row: Tensor) -> Tensor:
         boards, n = torch.zeros(len(row), 3, 8, 4), torch.arange(len(row))
@@ -237,14 +245,15 @@ class FadingCatch:
         return self.draw(self.row), ends * (2.0 * (self.paddle == self.column) - 1), ends
 
 
-def lesson(updates: int = 300) -> None:
+def lesson(updates: int = 350) -> None:
+    """Without memory, nobody can play from row 3: about -0.5 a game. With it, all balls can be caught: 1."""
     torch.manual_seed(0)
     actor_critic = ActorCritic(3, ActorCriticConfig(channels=(8, 8, 16, 16), lstm_width=64))
     optimizer = torch.optim.Adam(actor_critic.parameters(), lr=3e-3)
     for update in range(1, updates + 1):
-        game = FadingCatch(row=torch.randint(6, (64,)))
+        game = FadingCatch(row=torch.randint(6, (64,)))  # from row 5, one of the three frames before shows the ball
         state = actor_critic.warm_up(game.past, game.mask)
-        rollout = imagine(actor_critic, game, game.draw(game.row), state, horizon=8)
+        rollout = imagine(actor_critic, game, game.draw(game.row), state, horizon=8)  # 7 steps to the end, and one
         losses, metrics = actor_critic_loss(rollout, gamma=0.995, lambda_=0.95, entropy_weight=0.003, after_end=False)
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -252,17 +261,17 @@ def lesson(updates: int = 300) -> None:
         if update % 30 == 0:
             mean_return = rollout.rewards.sum(dim=1).mean()
             print(f"update {update:4d}   mean return {mean_return:5.2f}   entropy {metrics['entropy']:.2f}", flush=True)
-    for name, keep in (("with", True), ("without", False)):
+    for name, warm in (("with", True), ("without", False)):
         game = FadingCatch(row=torch.full((1000,), 3))
         with torch.no_grad():
-            state = actor_critic.warm_up(game.past, game.mask & keep)
+            state = actor_critic.warm_up(game.past, game.mask & warm)
             rollout = imagine(actor_critic, game, game.draw(game.row), state, horizon=5)
         print(f"1000 games from row 3, the ball hidden, {name} warm_up: {rollout.rewards.sum(dim=1).mean():.2f} a game")
 
 
 # --- Published checkpoints: huggingface.co, eloialonso/iris, pretrained_models/{Game}.pt ------------------------------
-RENAMES = (  # published name -> ours, as regular expressions, one after the other
-    (r"(down|up)\.(\d)\.(block|attn)\.(\d)\.", r"\1_\2_\3_\4."), (r"\.(\d)\.(downsample|upsample)\.", r"_\1_\2."),
+RENAMES = (  # published name -> ours: regular expressions, applied one after the other
+    (r"(down|up)\.(\d)\.(block|attn)\.(\d)\.", r"\1_\2_\3_\4."), (r"\.(\w+)\.(\d)\.(\w+sample)\.", r".\1_\2_\3."),
     (r"\.mid\.", ".mid_"), (r"quant_conv", "quantization"), (r"tokenizer\.embedding", "tokenizer.codebook"),
     (r"transformer\.blocks", "layers"), (r"transformer\.ln_f", "ln_f"), (r"pos_emb", "position_embedding"),
     (r"\.head_module", ""), (r"actor_critic\.conv", "actor_critic.convolutions.conv"),
@@ -272,18 +281,19 @@ RENAMES = (  # published name -> ours, as regular expressions, one after the oth
 def load_official_checkpoint(path: Path | str) -> Agent:
     """A published checkpoint -> an Agent of the paper's sizes, on the CPU, in evaluation mode. Needs chapters 1 and 2.
 
-    Raises OSError, or ValueError for a file that is no such checkpoint, in one line.
+    Raises OSError, or ValueError, in one line, for a file that is no such checkpoint.
     """
     try:
-        return official_agent(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, ValueError):
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
         raise
     except Exception as error:  # torch.load has many errors for files that are cut short or of another kind
         raise ValueError(f"{path} is no file of weights: {type(error).__name__}") from error
+    return official_agent(weights)
 
 
 def official_agent(weights: dict[str, Tensor]) -> Agent:
-    """The same for weights that have been read already. Buffers and `tokenizer.lpips.*` are ignored."""
+    """The same for weights that have been read. What no layer needs, such as `tokenizer.lpips.*`, is ignored."""
     from iris_tokenizer import Tokenizer, TokenizerConfig
     from iris_world_model import WorldModel, WorldModelConfig
 
@@ -293,22 +303,22 @@ def official_agent(weights: dict[str, Tensor]) -> Agent:
             for pattern, ours in RENAMES:
                 name = re.sub(pattern, ours, name)
             state[name] = weight
-        for leaf in ("weight", "bias"):  # queries, keys and values are one layer here
-            for i in range(WorldModelConfig.layers):
-                attn = f"world_model.layers.{i}.attn"
-                parts = [state[f"{attn}.{x}.{leaf}"] for x in ("query", "key", "value")]
+        for i in range(WorldModelConfig.layers):  # queries, keys and values are one layer here
+            attn = f"world_model.layers.{i}.attn"
+            for leaf in ("weight", "bias"):
+                parts = [state[f"{attn}.{part}.{leaf}"] for part in ("query", "key", "value")]
                 state[f"{attn}.qkv.{leaf}"] = torch.cat(parts)
         tables = [state[f"world_model.embedder.embedding_tables.{i}.weight"] for i in (1, 0)]  # frame tokens, actions
         state["world_model.embedding.weight"] = torch.cat(tables)
         num_actions = len(state["actor_critic.actor_linear.weight"])
-        tokenizer, world_model = Tokenizer(TokenizerConfig()), WorldModel(512, num_actions, WorldModelConfig())
-        agent = Agent(tokenizer, world_model, ActorCritic(num_actions)).eval()
+        world_model = WorldModel(TokenizerConfig.vocab_size, num_actions, WorldModelConfig())
+        agent = Agent(Tokenizer(TokenizerConfig()), world_model, ActorCritic(num_actions)).eval()
         for name, parameter in agent.named_parameters():
             if state[name].shape != parameter.shape:
                 raise ValueError(f"{name} has shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
             parameter.data.copy_(state[name])
         return agent
-    except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
+    except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:  # KeyError: a weight is missing
         raise ValueError(f"no published IRIS checkpoint: {' '.join(str(error).split())}") from error
 
 

@@ -11,20 +11,22 @@ lacks does not exist for the agent: if the ball is missing here, no policy will 
        v                                                                              |
     vectors z (16, 512)  --- nearest of 512 codes --->  tokens (16,)  --- look-up --->  codes (16, 512)
 
-    gradient:  reconstruction loss  ->  decoder  ->  codes, copied to z  ->  encoder
+    gradient:  reconstruction loss -> decoder -> (straight-through) -> z -> encoder; codes have a loss of their own
 
 Run it:    python iris_tokenizer.py     (under a minute on a laptop; opencv-python writes its picture)
 Reuse it:  copy this file; it needs torch only.
 
     import torch
-    from iris_tokenizer import Tokenizer, TokenizerConfig
+    from iris_tokenizer import Tokenizer, TokenizerConfig, load_lpips
     frames = torch.rand(2, 3, 64, 64)                           # float32 in [0, 1]
     tokenizer = Tokenizer(TokenizerConfig())
-    sum(tokenizer.loss(frames).values()).backward()             # a training step, less the optimiser's part
+    losses = tokenizer.loss(frames)                             # [Delta-IRIS]; the paper's: loss(frames, load_lpips())
+    sum(losses.values()).backward()
     tokens = tokenizer.encode(frames)                           # (2, 16) int64
     reconstructions = tokenizer.decode(tokens)                  # (2, 3, 64, 64) in [0, 1]
 
-Marks: [paper] is IRIS, [Delta-IRIS] is arXiv 2406.19320, [ours] is neither. All defaults are the paper's.
+The paper trains with Adam, rate 1e-4, 256 frames a step, gradient norm clipped at 10. All randomness is torch's global
+generator's; encoding has none. [paper] is IRIS, [Delta-IRIS] arXiv 2406.19320, [ours] neither. Sizes are the paper's.
 """
 import hashlib
 import socket
@@ -45,16 +47,16 @@ class TokenizerConfig:
 
     vocab_size: int = 512  # Number of codes, V
     code_dim: int = 512  # Width of a code and of the encoder's outputs, D
-    channels: tuple[int, ...] = (64, 64, 64, 64, 64)  # Of each level; a level has half the pixels of the one before
-    blocks: tuple[int, ...] = (2, 2, 2, 2, 2)  # Residual blocks of each level; the decoder's has one more, unless 0
+    channels: tuple[int, ...] = (64, 64, 64, 64, 64)  # Of each level; a level has half the height and width of the last
+    blocks: tuple[int, ...] = (2, 2, 2, 2, 2)  # Residual blocks of each encoder level; the decoder adds one, not to 0
     attention_at: tuple[int, ...] = (16, 8)  # Resolutions, in pixels, at which self-attention follows each block
     commitment_weight: float = 1.0  # Of the commitment term beside the perceptual loss
     pixel_commitment_weight: float = 0.02  # Of the commitment term beside the pixel loss [Delta-IRIS]
-    worst_values: int = 1  # Pixel loss: how many of a frame's 12,288 errors, the largest, count extra [Delta-IRIS]
-    worst_weight: float = 0.01  # Pixel loss: weight of the mean of their squares [Delta-IRIS]
-    revive_after: int = 50  # Pixel loss: training batches without use after which a code is moved [ours]
-    local_encoder: bool = False  # Strided convolutions alone, so that what moves changes nearby tokens only [ours]
-    standardize: bool = False  # Scale each pixel by its own mean and deviation, in place of 0.5 and 0.5 [ours]
+    worst_values: int = 1  # Pixel loss: how many of a frame's 12,288 squared errors, the largest, weigh extra
+    worst_weight: float = 0.01  # Pixel loss: weight of their mean [Delta-IRIS]
+    revive_after: int = 50  # Batches without use after which a training loop moves a code, see `Codebook.revive` [ours]
+    local_encoder: bool = False  # Strided convolutions alone, so that a moving object changes nearby tokens only [ours]
+    standardize: bool = False  # A training loop calls `Tokenizer.fit_pixels` before the first step [ours]
 
     @property
     def tokens_per_frame(self) -> int:
@@ -74,8 +76,8 @@ class Codebook(nn.Embedding):
     def nearest(self, z: Tensor) -> Tensor:
         """Vectors (..., D) -> tokens (...) int64, the numbers of the nearest codes. No gradient.
 
-        |z - e|^2 = |z|^2 - 2 z.e + |e|^2, of which |z|^2 is the same for all codes e and left out. In float32 under
-        autocast too, for in bfloat16 the distances to close codes are equal.
+        |z - e|^2 = |z|^2 - 2 z.e + |e|^2, of which |z|^2 is the same for all codes e and left out. bfloat16 would tie
+        close codes, so this is computed in float32 even under autocast.
         """
         with torch.autocast(z.device.type, enabled=False):
             return (self.weight.square().sum(dim=1) - 2 * z.float() @ self.weight.T).argmin(dim=-1)
@@ -93,24 +95,25 @@ class Codebook(nn.Embedding):
 
     @torch.no_grad()
     def revive(self, z: Tensor, after: int) -> None:
-        """Moves each code that the last `after` batches did not use to one of this batch's vectors z (..., D) [ours].
+        """Moves each code that more than `after` batches in a row did not use, to one of the vectors z (..., D) [ours].
 
-        A code that is nearest to nothing gets no gradient and stays unused. Vectors far from all codes are the likelier
-        new places: each is drawn with a probability proportional to its squared distance from its nearest code, all at
-        once (k-means++ would renew the distances after each draw). Call it before `loss`.
+        An unused code gets no gradient and would stay unused. Its new place is a vector drawn with a probability
+        proportional to the squared distance from its nearest code, all places at once (k-means++ would renew the
+        distances after each). To be called in each training step, before `loss`.
         """
         z = z.flatten(0, -2)  # (M, D)
         tokens = self.nearest(z)  # (M,)
         self.unused_for.add_(1).index_fill_(0, tokens, 0)
         unused = self.unused_for > after  # (V,)
-        squared = (z - self(tokens)).square().sum(dim=1) + 1e-12  # (M,)
-        squared = squared.nan_to_num(nan=1.0, posinf=1.0)  # if training diverged, the loss will tell
-        places = z[torch.multinomial(squared, len(self.weight), replacement=True)]  # (V, D)
+        distances = (z - self(tokens)).square().sum(dim=1) + 1e-12  # (M,)
+        distances = distances.nan_to_num(nan=1.0, posinf=1.0)  # multinomial rejects NaN; the loss is to show divergence
+        # V places are drawn though few are needed: with fixed shapes, no step waits for a GPU.
+        places = z[torch.multinomial(distances, len(self.weight), replacement=True)]  # (V, D)
         self.weight.copy_(torch.where(unused[:, None], places, self.weight))
         self.unused_for.masked_fill_(unused, 0)
 
 
-# --- Encoder and decoder; layers carry the published names ------------------------------------------------------------
+# --- Encoder and decoder; layers have the names of the published checkpoints, with _ for . ----------------------------
 def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
 
@@ -156,16 +159,16 @@ class SelfAttention(nn.Module):
 
 
 def downsample(channels_in: int, channels_out: int) -> nn.Sequential:
-    """(N, C, H, W) -> (N, C', H/2, W/2). Padding is on the right and at the bottom only, as published weights expect:
-    an output pixel sees the 2x2 pixels in its place, and one column and one row beyond them."""
+    """(N, C, H, W) -> (N, C', H/2, W/2). Padding is on the right and at the bottom only [paper]: an output pixel sees
+    the 2x2 pixels in its place, and one column and one row beyond them."""
     conv = nn.Conv2d(channels_in, channels_out, kernel_size=3, stride=2)
     return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
 def upsample(channels_in: int, channels_out: int) -> nn.Sequential:
     """(N, C, H, W) -> (N, C', 2H, 2W)."""
-    copy = nn.Upsample(scale_factor=2.0, mode="nearest")
-    return nn.Sequential(OrderedDict(copy=copy, conv=conv3x3(channels_in, channels_out)))
+    repeat = nn.Upsample(scale_factor=2.0, mode="nearest")
+    return nn.Sequential(OrderedDict(repeat=repeat, conv=conv3x3(channels_in, channels_out)))
 
 
 def level_blocks(name: str, count: int, channels: int, attention: bool) -> dict[str, nn.Module]:
@@ -177,12 +180,12 @@ def level_blocks(name: str, count: int, channels: int, attention: bool) -> dict[
     return layers
 
 
-def middle(channels: int) -> dict[str, nn.Module]:
+def mid_layers(channels: int) -> dict[str, nn.Module]:
     block_1, attn_1, block_2 = ResidualBlock(channels), SelfAttention(channels), ResidualBlock(channels)
     return {"mid_block_1": block_1, "mid_attn_1": attn_1, "mid_block_2": block_2}
 
 
-def output(channels_in: int, channels_out: int) -> dict[str, nn.Module]:
+def out_layers(channels_in: int, channels_out: int) -> dict[str, nn.Module]:
     return {"norm_out": GroupNorm(channels_in), "silu_out": nn.SiLU(), "conv_out": conv3x3(channels_in, channels_out)}
 
 
@@ -194,19 +197,19 @@ def build_encoder(config: TokenizerConfig) -> nn.Sequential:
         layers |= level_blocks(f"down_{level}", blocks, width, FRAME_SIZE >> level in config.attention_at)
         if level + 1 < len(channels):
             layers[f"down_{level}_downsample"] = downsample(width, channels[level + 1])
-    return nn.Sequential(OrderedDict(layers | middle(channels[-1]) | output(channels[-1], config.code_dim)))
+    return nn.Sequential(OrderedDict(layers | mid_layers(channels[-1]) | out_layers(channels[-1], config.code_dim)))
 
 
 def build_decoder(config: TokenizerConfig) -> nn.Sequential:
     """(N, D, 4, 4) -> (N, 3, 64, 64), about in [-1, 1]. The encoder's mirror image, one block a level richer."""
     channels = config.channels
-    layers: dict[str, nn.Module] = {"conv_in": conv3x3(config.code_dim, channels[-1])} | middle(channels[-1])
+    layers: dict[str, nn.Module] = {"conv_in": conv3x3(config.code_dim, channels[-1])} | mid_layers(channels[-1])
     for level, (width, blocks) in reversed(list(enumerate(zip(channels, config.blocks, strict=True)))):
         blocks = blocks + 1 if blocks else 0
         layers |= level_blocks(f"up_{level}", blocks, width, FRAME_SIZE >> level in config.attention_at)
         if level > 0:
             layers[f"up_{level}_upsample"] = upsample(width, channels[level - 1])
-    return nn.Sequential(OrderedDict(layers | output(channels[0], 3)))
+    return nn.Sequential(OrderedDict(layers | out_layers(channels[0], 3)))
 
 
 # --- The tokenizer ----------------------------------------------------------------------------------------------------
@@ -219,14 +222,15 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.config = config
-        self.register_buffer("mean", torch.full((3, FRAME_SIZE, FRAME_SIZE), 0.5))  # with both 0.5, [0, 1] becomes
-        self.register_buffer("std", torch.full((3, FRAME_SIZE, FRAME_SIZE), 0.5))  # [-1, 1]
+        # Frames enter as (frames - mean) / std. With 0.5 and 0.5 that is [-1, 1] [paper], until `fit_pixels` [ours].
+        self.register_buffer("mean", torch.full((3, FRAME_SIZE, FRAME_SIZE), 0.5))
+        self.register_buffer("std", torch.full((3, FRAME_SIZE, FRAME_SIZE), 0.5))
         self.encoder = build_local_encoder(config) if config.local_encoder else build_encoder(config)
         self.pre_quantization = nn.Conv2d(config.code_dim, config.code_dim, kernel_size=1)
         self.codebook = Codebook(config.vocab_size, config.code_dim)
         self.post_quantization = nn.Conv2d(config.code_dim, config.code_dim, kernel_size=1)
         self.decoder = build_decoder(config)
-        self.to(memory_format=torch.channels_last)  # for speed: the same numbers, laid out as convolutions like them
+        self.to(memory_format=torch.channels_last)  # for speed, as all channels_last here
 
     def encoder_outputs(self, frames: Tensor) -> Tensor:
         """Frames (N, 3, 64, 64) in [0, 1] -> vectors z (N, K, D) float32, with gradient."""
@@ -257,7 +261,7 @@ class Tokenizer(nn.Module):
     def fit_pixels(self, frames: Tensor) -> None:
         """Takes mean and std of each pixel from frames (N, 3, 64, 64) in [0, 1], once, before training [ours].
 
-        Most pixels hardly change. Scaled by their own std, what moves is most of what is seen and reconstructed.
+        Most pixels hardly change. Divided by their std, those that do are most of what the encoder sees.
         """
         self.mean.copy_(frames.mean(dim=0))
         self.std.copy_(frames.std(dim=0, correction=0) + 0.025)  # bounds the scale of a pixel that never changes
@@ -265,30 +269,30 @@ class Tokenizer(nn.Module):
     def loss(self, frames: Tensor, lpips: "Lpips | None" = None, z: Tensor | None = None) -> dict[str, Tensor]:
         """Frames (N, 3, 64, 64) in [0, 1] -> named scalar losses, whose sum is minimised.
 
-        With `lpips` the reconstruction loss is the paper's, without it the weight-free pixel loss. `z` is
-        `encoder_outputs(frames)`, for a caller that has it already (see `Codebook.revive`).
+        With `lpips` the reconstruction loss is the paper's; without, it is the pixel loss, which needs no downloaded
+        network. `z` is `encoder_outputs(frames)`, from a caller that has it already (see `Codebook.revive`).
         """
         config = self.config
         z = self.encoder_outputs(frames) if z is None else z
         codes, losses = self.codebook.quantize(z, config.commitment_weight if lpips else config.pixel_commitment_weight)
-        outputs = self.decoder_outputs(codes)
+        decoded = self.decoder_outputs(codes)
         if lpips:
-            return losses | paper_loss(outputs, frames, lpips)
-        return losses | pixel_loss(outputs, frames, config.worst_values, config.worst_weight)
+            return losses | paper_loss(decoded, frames, lpips)
+        return losses | pixel_loss(decoded, frames, config.worst_values, config.worst_weight)
 
 
-def paper_loss(outputs: Tensor, frames: Tensor, lpips: "Lpips") -> dict[str, Tensor]:
-    """mean |x - x'| + LPIPS(x, x'), for frames x and outputs x' scaled to [-1, 1] [paper]."""
-    x, y = 2 * frames - 1, 2 * outputs - 1
-    return {"reconstruction": F.l1_loss(y, x), "perceptual": lpips(y, x).mean()}
+def paper_loss(decoded: Tensor, frames: Tensor, lpips: "Lpips") -> dict[str, Tensor]:
+    """mean |x - y| + LPIPS(x, y), where x and y are the decoder's outputs and the frames, scaled to [-1, 1] [paper]."""
+    x, y = 2 * decoded - 1, 2 * frames - 1
+    return {"reconstruction": F.l1_loss(x, y), "perceptual": lpips(x, y).mean()}
 
 
-def pixel_loss(outputs: Tensor, frames: Tensor, worst_values: int, worst_weight: float) -> dict[str, Tensor]:
-    """0.1 mean |d| + mean d^2 + weight * mean of each frame's largest d^2, for d = outputs - frames [Delta-IRIS].
+def pixel_loss(decoded: Tensor, frames: Tensor, worst_values: int, worst_weight: float) -> dict[str, Tensor]:
+    """0.1 mean |d| + mean d^2 + weight * mean of each frame's largest d^2, for d = decoded - frames [Delta-IRIS].
 
-    A ball is 4 of 4,096 pixels. It hardly changes a mean, but its error is among the largest of the frame.
+    An Atari game's ball is 4 of 4,096 pixels: it hardly changes a mean, but its errors are among the largest.
     """
-    d = outputs - frames
+    d = decoded - frames
     worst = d.square().flatten(1).topk(worst_values, dim=1).values.mean()
     return {"reconstruction": 0.1 * d.abs().mean() + d.square().mean() + worst_weight * worst}
 
@@ -329,20 +333,18 @@ class Lpips(nn.Module):
         return distance
 
 
+PERCEPTUAL_SIMILARITY = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1"
 LPIPS_FILES = {  # name in torch.hub's cache: (address, kind of hash, beginning of the hash)
     "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth", "sha256", "397923af"),
-    "lpips_v0.1_vgg.pth": (
-        "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth", "md5",
-        "d507d7349b931f0638a25a48a722f98a",
-    ),
-}  # fmt: skip
+    "lpips_v0.1_vgg.pth": (f"{PERCEPTUAL_SIMILARITY}/vgg.pth", "md5", "d507d7349b931f0638a25a48a722f98a"),
+}
 
 
 def load_lpips() -> Lpips:
     """LPIPS with its published weights, which are fetched into torch.hub's cache (TORCH_HOME) where they are missing.
 
-    Raises OSError, in one line with both addresses and the folder, if a file can't be fetched or is damaged. A network
-    that does not answer is given up after 10 seconds.
+    Raises OSError, in one line with both addresses and the folder, if a file can't be fetched or is damaged; at the
+    latest when the network has not answered for 10 seconds.
     """
     folder, timeout = Path(torch.hub.get_dir()) / "checkpoints", socket.getdefaulttimeout()
     try:
@@ -361,12 +363,12 @@ def load_lpips() -> Lpips:
         socket.setdefaulttimeout(timeout)
 
 
-# --- Not the paper's, for small world models [ours]: skip on first reading --------------------------------------------
+# --- The encoder of small models [ours] -------------------------------------------------------------------------------
 def build_local_encoder(config: TokenizerConfig) -> nn.Sequential:
     """(N, 3, 64, 64) -> (N, D, 4, 4) through one strided convolution a level: no norm, no attention, no blocks.
 
     In the published encoder, group norms and attention let a moving ball change all 16 tokens. Here it changes those of
-    its own and the adjacent patches, and a small world model learns to predict them sooner.
+    its own and the adjacent patches, which small world models, as in the lessons, learn to predict sooner.
     """
     layers: list[nn.Module] = [conv3x3(3, config.channels[0]), nn.SiLU()]
     for channels_in, channels_out in zip(config.channels, config.channels[1:]):
@@ -391,7 +393,7 @@ def draw_catch(row: Tensor, column: Tensor, paddle: Tensor) -> Tensor:
 
 
 def play_catch(episodes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random play: frames (E, 7, 3, 64, 64), actions (0 left, 1 stay, 2 right), rewards and ends (E, 7).
+    """Random play: frames (E, 7, 3, 64, 64), actions (0 left, 1 stay, 2 right), rewards and ends (E, 7), for chapter 2.
 
     The ball falls a row a step from a random column. The episode ends when it arrives: +1 on the paddle, -1 beside it.
     """
@@ -423,8 +425,8 @@ def train_small_tokenizer(frames: Tensor, steps: int) -> Tokenizer:
     return tokenizer.eval()
 
 
-def labelled_rows(rows: dict[str, Tensor], scale: int = 2) -> Tensor:
-    """Rows of frames, label -> (N, 3, 64, 64) in [0, 1] -> an image (H, W, 3) uint8, each label left of its row."""
+def labelled_rows(rows: dict[str, Tensor], path: Path, scale: int = 2) -> Tensor:
+    """Rows of frames, label -> (N, 3, 64, 64) in [0, 1] -> an image (H, W, 3) uint8, written to `path` as PNG."""
     import cv2
 
     strips = []
@@ -434,33 +436,26 @@ def labelled_rows(rows: dict[str, Tensor], scale: int = 2) -> Tensor:
         margin = torch.full((len(tiles), 150, 3), 255, dtype=torch.uint8).numpy()
         cv2.putText(margin, label, (6, len(tiles) // 2 + 4), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
         strips.append(torch.cat([torch.from_numpy(margin), tiles], dim=1))
-    return torch.cat(strips)
-
-
-def save_image(path: Path, image: Tensor) -> None:
-    """Writes an image (H, W, 3) uint8 as PNG. Raises OSError."""
-    import cv2
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), image.flip(2).numpy()):  # OpenCV takes blue first
+    if not cv2.imwrite(str(path), torch.cat(strips).flip(2).numpy()):  # OpenCV takes blue first
         raise OSError(f"can't write {path}")
+    return torch.cat(strips)
 
 
 def lesson(steps: int = 500, out: Path = Path("runs/lessons/tokenizer.png")) -> None:
     torch.manual_seed(0)
     frames = play_catch(episodes=400)[0].flatten(0, 1)  # (2800, 3, 64, 64)
-    seen, unseen = frames[:2500], frames[2500:]
-    tokenizer = train_small_tokenizer(seen, steps)
-    tokens, reconstructions = tokenizer.encode(unseen), tokenizer.reconstruct(unseen)
+    train, test = frames[:2450], frames[2450:]  # whole episodes; most of Catch's few frames are in both
+    tokenizer = train_small_tokenizer(train, steps)
+    tokens, reconstructions = tokenizer.encode(test), tokenizer.reconstruct(test)
     colours = torch.rand(tokenizer.config.vocab_size, 3)[tokens[:12]].unflatten(1, (4, 4))  # (12, 4, 4, 3)
     maps = F.interpolate(colours.permute(0, 3, 1, 2), scale_factor=16.0)  # (12, 3, 64, 64)
-    rows = {"frames": unseen[:12], "tokens (colours)": maps, "reconstructions": reconstructions[:12]}
-    save_image(out, labelled_rows(rows))
-    background = seen.median(dim=0).values
-    moving = (unseen - background).abs() > 0.1  # the ball, and the paddle away from its usual place
-    errors = [(x - unseen).abs()[moving].mean().item() for x in (reconstructions, background)]
-    print("Unseen frames: {} codes in use. Mean error of what moves: {:.3f}, if only the background were reconstructed "
-          "{:.3f}. Picture: {}".format(tokens.unique().numel(), *errors, out))  # fmt: skip
+    labelled_rows({"frames": test[:12], "tokens (colours)": maps, "reconstructions": reconstructions[:12]}, out)
+    background = train.median(dim=0).values
+    objects = ((test - background).abs() > 0.1) | ((reconstructions - background).abs() > 0.1)
+    errors = [(x - test).abs()[objects].mean().item() for x in (reconstructions, background)]
+    print("{} codes in use. Mean error where ball and paddle are, or are decoded: {:.3f}; of the background alone it "
+          "would be {:.3f}. Picture: {}".format(tokens.unique().numel(), *errors, out))  # fmt: skip
 
 
 if __name__ == "__main__":

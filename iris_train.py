@@ -1,7 +1,7 @@
 """Chapter 4 of IRIS: the loop. Play a little, then train the three models of chapters 1 to 3; 600 times.
 
-Each epoch plays 200 steps of the game and then trains the three models, one after the other (IRIS, arXiv 2209.00588,
-section 2 and appendix A). The tokenizer and the world model learn from real play. The policy learns in dreams alone.
+An epoch plays 200 steps of the game, and then trains the three models one after the other (IRIS, arXiv 2209.00588,
+section 2 and appendix A). Tokenizer and world model learn from real play, the policy from dreams alone.
 
     +--> collect --------> tokenizer -------> encode --------> world model ------> actor-critic ---+
     |    200 steps of      200 x 256 frames   all frames to    200 x 64 sequences  200 x 64 dreams |
@@ -11,12 +11,10 @@ section 2 and appendix A). The tokenizer and the world model learn from real pla
 
 Run it:   python iris_train.py --env-id BreakoutNoFrameskip-v4                    # the paper's run, for a GPU
           python iris_train.py --env-id BreakoutNoFrameskip-v4 --preset laptop    # small models, for a CPU
-          python iris_train.py --resume runs/...                                  # goes on, as if never stopped
+          python iris_train.py --resume runs/...                                  # goes on as if never stopped
           python iris_train.py --help                                             # every number is an argument
-Read it:  arguments, environment, replay, then `train`, which is the algorithm, and the functions it calls, in that
-          order. Checkpoints and start-up come last.
-
-Marks: [paper] is IRIS, [Delta-IRIS] is arXiv 2406.19320, [ours] is neither. The default arguments are the paper's.
+Read it:  arguments, environment, replay; then `train`, the algorithm, and what it calls; checkpoints and start-up last.
+[paper] is IRIS, [Delta-IRIS] arXiv 2406.19320, [ours] neither. The default arguments are the paper's.
 """
 import ctypes
 import errno
@@ -45,7 +43,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from iris_agent import ActorCritic, ActorCriticConfig, Agent, Rollout, actor_critic_loss, imagine, official_agent
-from iris_tokenizer import FRAME_SIZE, Lpips, Tokenizer, TokenizerConfig, labelled_rows, load_lpips, save_image
+from iris_tokenizer import FRAME_SIZE, Lpips, Tokenizer, TokenizerConfig, labelled_rows, load_lpips
 from iris_world_model import CompiledDream, Dream, WorldModel, WorldModelConfig
 
 
@@ -111,9 +109,7 @@ class Args:
     entropy_weight: float = 0.001  # Weight of the entropy bonus
     after_end: bool = True  # Count the dreamed steps after an imagined end in the loss, as published
     max_grad_norm: float = 10.0  # Gradient norm at which gradients are clipped, for each model
-    # Parts that a batch of frames or sequences is split into to save memory; their gradients are added up. 0 is 1 on a
-    # GPU, and on a CPU as many as make parts of 32 frames or 16 sequences
-    accumulate: int = 0
+    accumulate: int = 0  # Parts that batches are split into to save memory; 0 is 1 on a GPU, and enough on a CPU
 
     eval_every: int = 5  # Epochs from one evaluation to the next; 0 is never
     test_episodes: int = 16  # Whole games played in an evaluation
@@ -485,7 +481,8 @@ def optimise(run: Run, name: Model, losses_of: Callable[[Run, int], tuple[dict, 
                 losses, metrics = losses_of(run, n)
             total = sum(losses.values())
             (total * (n / batch_size)).backward()
-            for key, value in ({f"{key}_loss": value for key, value in losses.items()} | metrics | {name: total}).items():
+            named = {f"{key}_loss": loss for key, loss in losses.items()} | metrics | {name: total}
+            for key, value in named.items():
                 logged[key].append(value.detach())
         logged[f"{name}_grad_norm"].append(nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         optimizer.step()
@@ -509,12 +506,11 @@ def learning_rate(args: Args, name: str, epoch: int) -> float:
     return rate
 
 
-def parts(run: Run, name: str) -> list[int]:
-    """The sizes of the parts of a batch (see `Args.accumulate`). Dreams are not split."""
-    n, size_on_cpu = getattr(run.args, f"{name}_batch_size"), {"tokenizer": 32, "world_model": 16}.get(name)
-    if size_on_cpu is None:
-        return [n]
-    count = run.args.accumulate or (-(-n // size_on_cpu) if run.device.type == "cpu" else 1)
+def parts(run: Run, name: Model) -> list[int]:
+    """The sizes of the parts of a batch. On a CPU the paper's are split, for memory; dreams never are."""
+    n = getattr(run.args, f"{name}_batch_size")
+    largest = {"tokenizer": 32, "world_model": 16, "actor_critic": n}[name] if run.device.type == "cpu" else n
+    count = 1 if name == "actor_critic" else run.args.accumulate or -(-n // largest)
     return [len(part) for part in np.array_split(np.arange(n), min(n, count))]
 
 
@@ -638,7 +634,7 @@ def play_test_episodes(agent: Agent, args: Args, device: torch.device, seed: int
 
 @torch.no_grad()
 def evaluate(run: Run) -> None:
-    """Test games, the models' losses on them, and pictures, with random generators of its own: it changes no weights."""
+    """Test games, the models' losses on them, and pictures. Has random generators of its own: it changes no weights."""
     args, agent, metrics, name = run.args, run.agent, run.metrics, f"epoch_{run.epoch:04d}"
     episodes, rng = run.folder / "media/episodes", np.random.default_rng([args.seed, run.epoch])
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []), run.autocast():
@@ -659,8 +655,8 @@ def evaluate(run: Run) -> None:
             for key, value in agent.tokenizer.loss(test.frames_at(indices[:, 0], run.device), run.lpips).items():
                 metrics[f"eval/{key}_loss"] = value.item()
             frames = test.frames_at(np.linspace(0, len(test) - 1, 8).astype(int), run.device)
-            image = labelled_rows({"test games": frames, "reconstructions": agent.tokenizer.reconstruct(frames)})
-            save_image(run.folder / f"media/reconstructions/{name}.png", image)
+            rows = {"test games": frames, "reconstructions": agent.tokenizer.reconstruct(frames)}
+            image = labelled_rows(rows, run.folder / f"media/reconstructions/{name}.png")
             run.writer.add_image("reconstructions", image, len(run.replay), dataformats="HWC")
 
         if run.epoch >= args.world_model_from:
@@ -672,7 +668,8 @@ def evaluate(run: Run) -> None:
             dreamed = [run.dream.reset(real[:1])]
             for action in test.actions[: len(real) - 1]:
                 dreamed.append(run.dream.step(torch.tensor([action], device=run.device))[0])
-            image = labelled_rows({"test game": real[::2], "dream, same actions": torch.cat(dreamed)[::2]})
+            rows = {"test game": real[::2], "dream, same actions": torch.cat(dreamed)[::2]}
+            image = labelled_rows(rows, run.folder / f"media/dreams/{name}.png")
             run.writer.add_image("dream", image, len(run.replay), dataformats="HWC")
             rollout = dream_from_replay(run, rng, 4)
             columns = to_stored(torch.stack(rollout.frames, dim=1)), rollout.actions, rollout.rewards, rollout.ends
@@ -772,24 +769,20 @@ def save_checkpoint(run: Run) -> None:
 
 def read_checkpoint(path: Path) -> dict:
     """The dictionary in a checkpoint file, on the CPU. Raises IrisError for a file that is no such thing."""
-    if not path.is_file():
-        raise IrisError(f"there is no checkpoint at {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(content)
     except OSError as error:
-        raise IrisError(f"can't read {path}: {error.strerror}") from error
+        raise IrisError(f"there is no checkpoint at {path}: {error.strerror}") from error
     except Exception as error:  # torch.load has half a dozen errors for a file that is cut short or of another kind
         raise IrisError(f"{path} is no readable checkpoint: it is cut short, or another kind of file") from error
-    if not isinstance(content, dict):
-        raise IrisError(f"{path} is no IRIS checkpoint: it holds a {type(content).__name__}, not a dictionary")
-    return content
 
 
 def args_from_checkpoint(checkpoint: dict, source: Path | str) -> Args:
     """The arguments of a run. Those added since the run was made take their default. Raises IrisError."""
+    configs = {"tokenizer": TokenizerConfig, "world_model": WorldModelConfig, "actor_critic": ActorCriticConfig}
     try:
-        values = {"env_id": checkpoint["args"]["env_id"], **checkpoint["args"]}
-        configs = {"tokenizer": TokenizerConfig, "world_model": WorldModelConfig, "actor_critic": ActorCriticConfig}
+        values = checkpoint["args"]
         return Args(**values | {name: config(**values[name]) for name, config in configs.items()})
     except (KeyError, TypeError, ValueError) as error:
         raise IrisError(f"{source} is no checkpoint of an IRIS run of this version ({error})") from error
@@ -845,10 +838,8 @@ def load_agent(run_or_checkpoint: Path | str) -> tuple[Agent, Args]:
         agent = build_agent(args, content["num_actions"])
         agent.load_state_dict(content["agent"])
         return agent, args
-    except ValueError as error:
-        raise IrisError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise IrisError(f"{path} is no checkpoint of this version") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise IrisError(f"{path} is no checkpoint of this version: {' '.join(str(error).split())[:200]}") from error
 
 
 def init_from(agent: Agent, args: Args) -> None:
@@ -860,9 +851,11 @@ def init_from(agent: Agent, args: Args) -> None:
                 raise RuntimeError
             getattr(agent, name).load_state_dict(getattr(source, name).state_dict())
         except RuntimeError as error:
-            actions = f"{source.world_model.num_actions} actions there, {agent.world_model.num_actions} here"
-            raise IrisError(f"the {name} of {args.init_from} does not fit ({actions}): give this run the same "
-                            f"--{name.replace('_', '-')}... arguments, or omit it from --init-models") from error  # fmt: skip
+            raise IrisError(
+                f"the {name} of {args.init_from} does not fit ({source.world_model.num_actions} actions there, "
+                f"{agent.world_model.num_actions} here): give this run the same --{name.replace('_', '-')}... "
+                "arguments, or omit it from --init-models"
+            ) from error
 
 
 # --- Starting ---------------------------------------------------------------------------------------------------------
@@ -894,31 +887,23 @@ def check(args: Args) -> None:
     """Raises IrisError for numbers that no run can have, before a phase would fail on them hours later."""
     least = {"seed": 0, "burn_in": 0, "accumulate": 0, "eval_every": 0, "tokenizer_until": 0, "horizon": 2}
     for name, value in vars(args).items():
-        flag = f"--{name.rstrip('_').replace('_', '-')}"
-        if type(value) is int and value < least.get(name, 1):
-            raise IrisError(f"{flag} is {value}, and has to be at least {least.get(name, 1)}")
-        if isinstance(value, float) and not 0 <= value < float("inf"):
-            raise IrisError(f"{flag} is {value}, and has to be a number that is not negative")
-    ours, theirs = args.tokenizer.tokens_per_frame, args.world_model.tokens_per_frame
-    if ours != theirs:
-        raise IrisError(
-            f"the tokenizer's {len(args.tokenizer.channels)} levels make {ours} tokens a frame, and "
-            f"--world-model.tokens-per-frame is {theirs}: make them the same"
-        )
-    if not 1 <= args.tokenizer.worst_values <= 3 * FRAME_SIZE**2:
-        raise IrisError(f"--tokenizer.worst-values is {args.tokenizer.worst_values}, and has to be from 1 to 12,288")
-    gpt = args.world_model
-    if gpt.max_blocks < 2 or gpt.heads < 1 or gpt.width % gpt.heads or not 0 <= gpt.dropout < 1:
-        raise IrisError("the world model needs max_blocks of 2 or more, heads that divide its width, dropout below 1")
-    if FRAME_SIZE >> len(args.actor_critic.channels) == 0:
-        raise IrisError("the actor-critic's convolutions each halve the frame: 64 pixels are enough for 6 of them")
+        flag, low = f"--{name.rstrip('_').replace('_', '-')}", least.get(name, 1) if type(value) is int else 0
+        if isinstance(value, (int, float)) and not low <= value < float("inf"):
+            raise IrisError(f"{flag} is {value}, and has to be at least {low}")
+    ours, theirs, gpt = args.tokenizer.tokens_per_frame, args.world_model.tokens_per_frame, args.world_model
+    for wrong, text in (
+        (ours != theirs, f"the tokenizer makes {ours} tokens a frame, and --world-model.tokens-per-frame is {theirs}"),
+        (not 1 <= args.tokenizer.worst_values <= 12_288, "--tokenizer.worst-values has to be from 1 to 12,288"),
+        (gpt.max_blocks < 2 or gpt.heads < 1, "the world model needs max-blocks of 2 or more, and heads of 1 or more"),
+        (not 0 <= gpt.dropout < 1, "--world-model.dropout has to be from 0 to below 1"),
+        (len(args.actor_critic.channels) > 6, "the actor-critic has 6 convolutions at most: each halves the frame"),
+    ):  # fmt: skip
+        if wrong:
+            raise IrisError(text)
 
 
 def choose_device(args: Args) -> tuple[torch.device, bool]:
-    """The device of --device, and whether --precision comes to bfloat16: `auto` does where the hardware multiplies in it.
-
-    Raises IrisError if there is no such device.
-    """
+    """The device of --device, and whether --precision comes to bfloat16. Raises IrisError if there is none such."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
@@ -1019,7 +1004,7 @@ def lock(folder: Path) -> Any:
 
 
 def start_logs(run: Run) -> Any:
-    """args.json (every argument as it was settled, the libraries' versions, the git commit), and TensorBoard's writer."""
+    """Writes args.json: the settled arguments, the libraries' versions, the git commit. Returns TensorBoard's writer."""
     from torch.utils.tensorboard import SummaryWriter
 
     settled = {"device": str(run.device), "precision": "bf16" if run.bf16 else "fp32"}

@@ -4,11 +4,14 @@ import math
 import pytest
 import torch
 
+import iris_agent
 import reference
 from iris_agent import (
-    ActorCritic, ActorCriticConfig, Agent, Rollout, actor_critic_loss, imagine, lambda_returns, load_official_checkpoint
-)
-from iris_tokenizer import IrisError
+    ActorCritic, ActorCriticConfig, Agent, FadingCatch, Rollout, actor_critic_loss, imagine, lambda_returns,
+    load_official_checkpoint, official_agent,
+)  # fmt: skip
+from iris_tokenizer import Tokenizer, TokenizerConfig
+from iris_world_model import Dream, WorldModel, WorldModelConfig
 
 SMALL = ActorCriticConfig(channels=(4, 4, 8, 8), lstm_width=12)
 
@@ -22,18 +25,16 @@ def test_paper_size_has_the_published_number_of_parameters():
     assert sum(p.numel() for p in ActorCritic(4).parameters()) == 3_217_957
 
 
-def test_a_standardising_actor_critic_looks_at_each_pixel_in_units_of_its_own_variation():
-    agent, frames = small(), torch.rand(50, 3, 64, 64)
+def test_frames_are_scaled_to_minus_1_and_1_unless_pixels_have_their_own_statistics():
+    model, frames, seen = small(), torch.rand(50, 3, 64, 64), []
     frames[:, :, 0, 0] = 0.25  # never changes, and stays finite
-    looked_at = []
-    agent.convolutions.register_forward_pre_hook(lambda module, inputs: looked_at.append(inputs[0]))
-    agent.features(frames)
-    assert torch.equal(looked_at[0], 2 * frames - 1)  # as published, until the statistics are there
-    agent.standardize.fit(frames)
-    agent.features(frames)
-    pixels = 2 * frames.double().numpy() - 1
-    expected = (pixels - pixels.mean(axis=0)) / (pixels.std(axis=0) + 0.05)
-    assert abs(looked_at[1].numpy() - expected).max() < 1e-4
+    model.convolutions.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].double().numpy()))
+    model.features(frames)
+    model.fit_pixels(frames)
+    model.features(frames)
+    pixels = frames.double().numpy()
+    assert abs(seen[0] - (2 * pixels - 1)).max() < 1e-6
+    assert abs(seen[1] - (pixels - pixels.mean(axis=0)) / (pixels.std(axis=0) + 0.025)).max() < 1e-4
 
 
 def test_lambda_returns_equal_the_direct_sum_over_n_step_returns():
@@ -58,24 +59,49 @@ def test_lambda_returns_equal_the_direct_sum_over_n_step_returns():
             if last == 0:
                 expected = float(values[n, t])
             else:
-                expected = sum((1 - lam) * lam ** (k - 1) * n_step(k) for k in range(1, last)) + lam ** (last - 1) * n_step(last)
+                expected = sum((1 - lam) * lam ** (k - 1) * n_step(k) for k in range(1, last))
+                expected += lam ** (last - 1) * n_step(last)
             assert float(got[n, t]) == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("behind_ends", [True, False])
-def test_losses_equal_loops_over_all_steps_but_the_last_and_those_behind_an_end_only_if_asked(behind_ends):
+def docstring_table():
+    """Rows of the example in lambda_returns' docstring: name -> its five entries."""
+    rows, lines = ("step", "reward", "value", "end", "return", "counted"), lambda_returns.__doc__.splitlines()
+    return {name: entries[:5] for name, *entries in map(str.split, filter(str.strip, lines)) if name in rows}
+
+
+def test_the_lambda_returns_in_the_docstrings_table_are_right():
+    table = docstring_table()
+    assert table["step"] == ["0", "1", "2", "3", "4"] and "yes" in table["end"]
+    rewards, values, returns = (torch.tensor([[float(x) for x in table[row]]]) for row in ("reward", "value", "return"))
+    ends = torch.tensor([[x == "yes" for x in table["end"]]])
+    assert torch.equal(lambda_returns(rewards, values, ends, gamma=0.5, lambda_=0.5), returns)
+
+
+@pytest.mark.parametrize("after_end", [True, False])
+def test_steps_in_the_docstrings_table_are_counted_as_it_says(after_end):
+    table, values = docstring_table(), torch.zeros(1, 5, requires_grad=True)
+    ends = torch.tensor([[x == "yes" for x in table["end"]]])
+    rollout = Rollout(torch.zeros(1, 5, 2), values, torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5), ends, [])
+    actor_critic_loss(rollout, 0.5, 0.5, entropy_weight=0.0, after_end=after_end)[0]["value"].backward()
+    counted = [x == "yes" or (x == "no*" and after_end) for x in table["counted"]]
+    assert (values.grad[0] != 0).tolist() == counted and set(table["counted"]) == {"yes", "no*", "no"}
+
+
+@pytest.mark.parametrize("after_end", [True, False])
+def test_losses_equal_loops_over_all_steps_but_the_last_and_those_after_an_end_only_if_asked(after_end):
     torch.manual_seed(0)
     n, length, actions = 2, 4, 3
     rollout = Rollout(
         torch.randn(n, length, actions), torch.randn(n, length), torch.randint(actions, (n, length)),
         torch.randn(n, length).sign(), torch.tensor([[False, True, False, False], [False] * 4]), [],
-    )
-    losses, metrics = actor_critic_loss(rollout, 0.9, 0.8, entropy_weight=0.1, behind_ends=behind_ends)
+    )  # fmt: skip
+    losses, metrics = actor_critic_loss(rollout, gamma=0.9, lambda_=0.8, entropy_weight=0.1, after_end=after_end)
     returns = lambda_returns(rollout.rewards, rollout.values, rollout.ends, 0.9, 0.8)
     policy, value, entropy = [], [], []
     for i in range(n):
         for t in range(length - 1):
-            if not behind_ends and (i, t) == (0, 2):  # the first of the two ends at step 1
+            if not after_end and (i, t) == (0, 2):  # the first of the two ends at step 1
                 continue
             p = [math.exp(x) for x in rollout.logits[i, t].tolist()]
             p = [x / sum(p) for x in p]
@@ -83,29 +109,44 @@ def test_losses_equal_loops_over_all_steps_but_the_last_and_those_behind_an_end_
             policy.append(-math.log(p[rollout.actions[i, t]]) * advantage)
             value.append(advantage**2)
             entropy.append(-sum(x * math.log(x) for x in p))
-    count = n * (length - 1) - (not behind_ends)
+    count = n * (length - 1) - (not after_end)
     assert len(policy) == count
-    assert float(losses["actions"]) == pytest.approx(sum(policy) / count, rel=1e-5)
-    assert float(losses["values"]) == pytest.approx(sum(value) / count, rel=1e-5)
-    assert float(losses["entropy"]) == pytest.approx(-0.1 * sum(entropy) / count, rel=1e-5)
-    assert float(metrics["policy_entropy"]) == pytest.approx(sum(entropy) / count, rel=1e-5)
+    assert {name: float(loss) for name, loss in losses.items()} == pytest.approx({
+        "policy": sum(policy) / count, "value": sum(value) / count, "entropy_bonus": -0.1 * sum(entropy) / count,
+    }, rel=1e-5)  # fmt: skip
+    steps = [(i, t) for i in range(n) for t in range(length) if after_end or i == 1 or t < 2]  # the last one as well
+
+    def over(x, steps):
+        return sum(float(x[i, t]) for i, t in steps) / len(steps)
+
+    but_the_last = [(i, t) for i, t in steps if t + 1 < length]
+    assert {name: float(metric) for name, metric in metrics.items()} == pytest.approx({
+        "entropy": sum(entropy) / count, "mean_value": over(rollout.values, but_the_last),
+        "mean_lambda_return": over(returns, but_the_last), "imagined_reward": over(rollout.rewards, steps),
+        "imagined_end": over(rollout.ends, steps),
+    }, rel=1e-5)  # fmt: skip
+    assert not any(metric.requires_grad for metric in metrics.values())
+
+
+def test_a_rollout_of_one_step_is_an_error():
+    zeros = torch.zeros(2, 1)
+    with pytest.raises(ValueError, match="2 steps or more"):
+        actor_critic_loss(Rollout(torch.zeros(2, 1, 3), zeros, zeros.long(), zeros, zeros.bool(), []), 0.9, 0.9, 0.1)
 
 
 def test_policy_gradient_raises_an_action_that_did_better_than_expected():
-    logits = torch.zeros(1, 2, 3, requires_grad=True)
-    rollout = Rollout(
-        logits, torch.zeros(1, 2), torch.tensor([[1, 0]]), torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2, dtype=torch.bool), []
-    )
+    logits, zeros = torch.zeros(1, 2, 3, requires_grad=True), torch.zeros(1, 2)
+    rollout = Rollout(logits, zeros, torch.tensor([[1, 0]]), torch.tensor([[1.0, 0.0]]), zeros.bool(), [])
     losses, _ = actor_critic_loss(rollout, 0.9, 0.9, 0.0)
-    losses["actions"].backward()
+    losses["policy"].backward()
     assert logits.grad[0, 0, 1] < 0 < logits.grad[0, 0, 0] and logits.grad[0, 1].abs().sum() == 0
 
 
 def test_returns_carry_no_gradient_into_the_critic_but_values_do():
-    values = torch.randn(2, 5, requires_grad=True)
-    rollout = Rollout(torch.zeros(2, 5, 3), values, torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5), torch.zeros(2, 5), [])
+    values, zeros = torch.randn(2, 5, requires_grad=True), torch.zeros(2, 5)
+    rollout = Rollout(torch.zeros(2, 5, 3), values, zeros.long(), torch.ones(2, 5), zeros.bool(), [])
     losses, _ = actor_critic_loss(rollout, 0.9, 0.9, 0.0)
-    (gradient,) = torch.autograd.grad(losses["values"], values)
+    (gradient,) = torch.autograd.grad(losses["value"], values)
     returns = lambda_returns(rollout.rewards, values, rollout.ends, 0.9, 0.9).detach()
     expected = 2 * (values - returns) / 8
     expected[:, -1] = 0  # the last value is only a target
@@ -154,20 +195,37 @@ def test_imagination_lines_up_frames_actions_rewards_and_ends_and_asks_for_no_fr
     state = model.initial_state(4)
     for t in range(6):
         logits, values, state = model(script.shown[t], state)
-        assert torch.allclose(rollout.logits[:, t], logits, atol=1e-6) and torch.allclose(rollout.values[:, t], values, atol=1e-6)
+        assert torch.allclose(rollout.logits[:, t], logits, atol=1e-6)
+        assert torch.allclose(rollout.values[:, t], values, atol=1e-6)
         assert torch.equal(rollout.frames[t], script.shown[t])
     (gradient,) = torch.autograd.grad(rollout.values[:, -1].sum(), model.lstm.weight_hh)
     assert gradient.abs().sum() > 0  # through the memory of earlier steps
 
 
+def test_the_docstrings_training_step_works_with_the_two_chapters_before():
+    lines = iris_agent.__doc__.partition("A training step")[2].splitlines()
+    code = "\n".join(line.strip() for line in lines if line.startswith("    "))
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(TokenizerConfig(7, code_dim=4, channels=(4,) * 5, blocks=(0,) * 5, attention_at=()))
+    dream = Dream(tokenizer, WorldModel(7, 3, WorldModelConfig(layers=1, heads=1, width=8)).eval())
+    segments, mask = torch.rand(2, 21, 3, 64, 64), torch.ones(2, 20, dtype=torch.bool)
+    names = {"N": 2, "tokenizer": tokenizer, "dream": dream, "segments": segments, "mask": mask}
+    names["actor_critic"] = small()
+    exec(code, vars(iris_agent) | names, names)
+    assert names["rollout"].logits.shape == (2, 20, 3) and names["past"].shape == (2, 20, 3, 64, 64)
+    sum(names["losses"].values()).backward()
+    assert all(p.grad is not None for p in names["actor_critic"].parameters())
+    assert all(p.grad is None for p in [*tokenizer.parameters(), *dream.world_model.parameters()])
+
+
 def test_act_shows_the_policy_reconstructions_and_obeys_the_temperature():
-    class Tokenizer(torch.nn.Module):
+    class Negative(torch.nn.Module):
         def reconstruct(self, frames):
             return 1 - frames
 
-    agent = Agent(Tokenizer(), torch.nn.Module(), small())
+    agent = Agent(Negative(), torch.nn.Module(), small())
     with torch.no_grad():
-        agent.actor_critic.actor.weight.mul_(20)
+        agent.actor_critic.actor_linear.weight.mul_(20)
     frames, state = torch.rand(1, 3, 64, 64).expand(1000, -1, -1, -1), agent.actor_critic.initial_state(1000)
     logits, _, expected_state = agent.actor_critic(1 - frames, state)
     for temperature in (0.5, 1.0, 3.0):
@@ -222,43 +280,84 @@ def test_published_checkpoint_needs_none_of_its_buffers_and_minds_no_others(tmp_
 
 
 def test_each_published_weight_is_used_exactly_once():
-    from iris_agent import agent_from_official
-
     shapes = reference.official_shapes(4)
     weights = {name: torch.full(shape, float(number)) for number, (name, shape) in enumerate(shapes.items(), start=1)}
-    agent = agent_from_official(weights, "test")
+    agent = official_agent(weights)
     found = torch.cat([p.detach().flatten() for p in agent.parameters()]).long().bincount()
     assert found.tolist() == [0] + [math.prod(shape) for shape in shapes.values()]
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    ("name", "shape", "named"),  # in the error stands our name of the weight
     [
-        ("tokenizer.encoder.down.2.attn.1.k.bias", None),
-        ("world_model.transformer.blocks.9.attn.value.weight", None),
-        ("world_model.embedder.embedding_tables.0.weight", (6, 256)),
-        ("world_model.pos_emb.weight", (340, 128)),
-        ("actor_critic.lstm.weight_hh", (2048, 256)),
-        ("tokenizer.decoder.up.0.block.2.conv2.weight", (64, 64, 1, 1)),
+        ("tokenizer.encoder.down.2.attn.1.k.bias", None, "down_2_attn_1.k.bias"),
+        ("world_model.transformer.blocks.9.attn.value.weight", None, "layers.9.attn.value.weight"),
+        ("world_model.transformer.blocks.9.attn.query.weight", (256, 128), "size"),
+        ("world_model.embedder.embedding_tables.0.weight", None, "embedding_tables.0.weight"),
+        ("world_model.embedder.embedding_tables.0.weight", (6, 256), "embedding.weight has shape (518, 256)"),
+        ("world_model.pos_emb.weight", (340, 128), "position_embedding.weight has shape (340, 128), not (340, 256)"),
+        ("actor_critic.actor_linear.weight", None, "actor_linear.weight"),
+        ("actor_critic.actor_linear.weight", (), "0-d"),
+        ("actor_critic.lstm.weight_hh", (2048, 256), "lstm.weight_hh has shape (2048, 256), not (2048, 512)"),
+        ("tokenizer.decoder.up.0.block.2.conv2.weight", (64, 64, 1, 1), "up_0_block_2.conv2.weight has shape"),
     ],
 )
-def test_missing_or_misshapen_weight_is_named(tmp_path, name, shape):
+def test_missing_or_misshapen_weight_is_named_in_one_line(name, shape, named):
     weights = reference.official_state_dict()
+    assert name in weights
     if shape is None:
         del weights[name]
     else:
         weights[name] = torch.zeros(shape)
-    with pytest.raises(IrisError, match=name.replace(".", r"\.")):
-        load_official_checkpoint(saved(tmp_path, weights))
+    with pytest.raises(ValueError) as error:
+        official_agent(weights)
+    assert named in str(error.value) and str(error.value).startswith("no published IRIS checkpoint")
+    assert "\n" not in str(error.value)
 
 
-def test_files_that_are_no_checkpoints_are_refused(tmp_path):
+def test_files_that_are_no_checkpoints_are_refused_in_one_line(tmp_path):
     path = saved(tmp_path, reference.official_state_dict())
     (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:1_000_000])
     (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
     torch.save([1, 2, 3], tmp_path / "list.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    for name, message in (("cut", "cut short"), ("text", "cut short"), ("list", "holds a list"), ("other", "no published"), ("none", "no checkpoint at")):
-        with pytest.raises(IrisError, match=message) as error:
+    torch.save({1: torch.zeros(1)}, tmp_path / "numbers.pt")
+    for name in ("cut", "text", "empty", "list", "other", "numbers"):
+        with pytest.raises(ValueError, match="no file of weights|no published IRIS checkpoint") as error:
             load_official_checkpoint(tmp_path / f"{name}.pt")
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value), name
+    for missing in (tmp_path / "none.pt", str(tmp_path)):
+        with pytest.raises(OSError) as error:
+            load_official_checkpoint(missing)
+        assert str(missing) in str(error.value) and "\n" not in str(error.value)
+
+
+# --- the lesson ------------------------------------------------------------------------------------------------------
+
+
+def test_the_lessons_ball_fades_from_row_3_and_pays_where_it_arrives():
+    torch.manual_seed(0)
+    game = FadingCatch(row=torch.tensor([0, 1, 2, 3, 5]))
+    column = game.column
+    assert game.mask.tolist() == [[False] * 3, [False, False, True], [False, True, True], [True] * 3, [True] * 3]
+    # Rows of the visible balls in the three frames before, -1 where there is none
+    ball = game.past[:, :, 0, ::8, ::16]  # (5, 3, 8, 4)
+    rows = torch.where(ball.sum(dim=(2, 3)) > 0, ball.sum(dim=3).argmax(dim=2), -1)
+    assert rows.masked_fill(~game.mask, -1).tolist() == [[-1, -1, -1], [-1, -1, 0], [-1, 0, 1], [0, 1, 2], [2, -1, -1]]
+    assert (ball.sum(dim=2).argmax(dim=2)[rows >= 0] == column[:, None].expand(5, 3)[rows >= 0]).all()
+    paddle = game.past[:, 2, 1, 56, ::16].argmax(dim=1)
+    for step in range(1, 3):
+        actions = torch.randint(3, (5,))
+        paddle = (paddle + actions - 1).clamp(0, 3)
+        frames, rewards, ends = game.step(actions)
+        assert torch.equal(frames[:, 1, 56, ::16].argmax(dim=1), paddle)
+        assert ends.tolist() == [False, False, False, False, step == 2]
+    assert rewards.tolist() == [0, 0, 0, 0, 1.0 if paddle[4] == column[4] else -1.0]
+
+
+def test_the_lesson_runs(capsys, monkeypatch):
+    monkeypatch.setattr(iris_agent, "FadingCatch", lambda row: FadingCatch(row[:8]))  # of the 1000 games at its end, 8
+    iris_agent.lesson(updates=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "with warm_up" in lines[0] and "without warm_up" in lines[1]

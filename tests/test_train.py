@@ -9,8 +9,7 @@ import torch
 
 import games  # noqa: F401  registers the small games
 import iris_train
-from iris_tokenizer import IrisError, resize_frame
-from iris_train import Args, Replay, human_normalised, load_agent, make_env, parse_args
+from iris_train import STEP, Args, IrisError, Replay, learning_rate, load_agent, make_env, parse_args, resize_frame
 
 FAST = [
     "--preset", "laptop", "--perceptual-loss", "pixel", "--device", "cpu", "--precision", "fp32",
@@ -38,14 +37,14 @@ def test_a_step_is_four_screens_and_the_maximum_of_the_last_two_resized_ones():
     frame, _ = env.reset(seed=3)
     raw, screen = raw_breakout(3)
     screen, *_ = raw.step(0)  # noop_max 1: exactly one no-op
-    assert np.array_equal(frame, resize_frame(torch.from_numpy(screen)).numpy())
+    assert np.array_equal(frame, resize_frame(screen))
     total = expected_total = 0.0
     for action in [1, 2, 3, 0, 2, 2, 3, 3, 1] * 6:
         frame, reward, terminated, truncated, _ = env.step(action)
         screens = []
         for _ in range(4):
             screen, raw_reward, *_ = raw.step(action)
-            screens.append(resize_frame(torch.from_numpy(screen)).numpy())
+            screens.append(resize_frame(screen))
             expected_total += raw_reward
         total += reward
         assert np.array_equal(frame, np.maximum(screens[2], screens[3])) and frame.shape == (64, 64, 3)
@@ -118,6 +117,9 @@ def test_games_are_cut_off_after_max_frames():
     env.reset(seed=0)
     steps = next(i for i in range(1, 100) if env.step(0)[3])
     assert steps in (24, 25)  # one no-op, then four screens a step
+    env = make_env("Counter-v0", max_frames=2)
+    env.reset(seed=0)
+    assert [env.step(0)[2:4] for _ in range(2)] == [(False, False), (False, True)]  # a frame a step
 
 
 def test_noops_at_reset_vary_within_their_bound():
@@ -145,11 +147,10 @@ def test_other_games_are_resized_and_grey_ones_get_three_channels():
 @pytest.mark.parametrize(
     ("env_id", "message"),
     [
-        ("BreakoutNoFrameskip-v9", "did you mean BreakoutNoFrameskip-v4"),
-        ("CartPol-v1", "did you mean CartPole-v1"),
-        ("xyz", "gymnasium does not know it"),
-        ("breakout", "did you mean BreakoutNoFrameskip-v4"),
-        ("MrsPacmanNoFrameskip-v4", "did you mean MsPacmanNoFrameskip-v4"),
+        ("BreakoutNoFrameskip-v9", "no environment 'BreakoutNoFrameskip-v9': .*`v9`.*`v4`"),
+        ("CartPol-v1", "Did you mean: `CartPole`"),
+        ("MrsPacmanNoFrameskip-v4", "Did you mean: `MsPacmanNoFrameskip`"),
+        ("xyz", "`xyz` doesn't exist"),
         ("no_such_module:Game-v0", "No module named 'no_such_module'"),
         ("Vector-v0", "needs an image"),
         ("Continuous-v0", r"Box\(.* needs Discrete"),
@@ -163,17 +164,12 @@ def test_environments_that_will_not_do_are_refused_in_one_helpful_line(env_id, m
     assert "\n" not in str(error.value)
 
 
-def test_human_normalised_score_is_0_for_random_and_1_for_human_play():
-    assert human_normalised("BreakoutNoFrameskip-v4", 1.7) == 0 and human_normalised("BreakoutNoFrameskip-v4", 30.5) == 1
-    assert human_normalised("ALE/Pong-v5", 14.6) == 1 and human_normalised("Counter-v0", 3) is None
-
-
 # --- replay ----------------------------------------------------------------------------------------------------------
 
 
-def filled_replay(tmp_path, lengths=(5, 1, 12), rest=3, draw="episodes"):
+def filled_replay(tmp_path, lengths=(5, 1, 12), rest=3):
     """Episodes of these lengths and one that goes on; a step's number is in its frame and its reward."""
-    replay, step = Replay(tmp_path / "replay", draw=draw), 0
+    replay, step = Replay(tmp_path / "replay"), 0
     for length, ends in [(length, True) for length in lengths] + [(rest, False)]:
         for i in range(length):
             replay.append(np.full((64, 64, 3), step, np.uint8), step % 4, step, ends and i + 1 == length)
@@ -185,7 +181,7 @@ def filled_replay(tmp_path, lengths=(5, 1, 12), rest=3, draw="episodes"):
 def test_replay_gives_back_what_was_put_in_also_after_reopening(tmp_path):
     filled_replay(tmp_path)
     again = Replay(tmp_path / "replay", length=21)
-    with pytest.raises(IrisError, match="no checkpoint speaks of"):
+    with pytest.raises(IrisError, match="no checkpoint knows of"):
         Replay(tmp_path / "replay")
     assert len(Replay(tmp_path / "replay", length=21)) == 21
     assert len(again) == 21 and (again.frames[:, 5, 6, 1] == np.arange(21)).all()
@@ -196,20 +192,19 @@ def test_replay_gives_back_what_was_put_in_also_after_reopening(tmp_path):
 def test_reopening_at_an_earlier_length_forgets_what_came_later(tmp_path):
     filled_replay(tmp_path)
     shorter = Replay(tmp_path / "replay", length=8)
-    assert shorter.stops.tolist() == [5, 6, 8] and (tmp_path / "replay/frames.bin").stat().st_size == 8 * 64 * 64 * 3
+    assert shorter.stops.tolist() == [5, 6, 8] and (tmp_path / "replay/steps.bin").stat().st_size == 8 * STEP.itemsize
     with pytest.raises(IrisError, match="shorter than its checkpoint"):
         Replay(tmp_path / "replay", length=9)
 
 
 def test_hundred_thousand_steps_fit_in_1_3_gigabytes():
-    step = sum(int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize for dtype, shape in Replay.COLUMNS.values())
-    assert 100_000 * step < 1.3e9
+    assert 100_000 * STEP.itemsize < 1.3e9
 
 
 @pytest.mark.parametrize("anchor", ["start", "stop"])
 def test_sampling_draws_episodes_uniformly_and_starts_or_stops_uniformly_within_them(tmp_path, anchor):
     replay, n, length = filled_replay(tmp_path), 40_000, 6
-    indices, mask = replay.sample(np.random.default_rng(0), n, length, anchor)
+    indices, mask = replay.sample(np.random.default_rng(0), n, length, anchor, "episodes")
     assert indices.shape == mask.shape == (n, length)
     anchored = indices[:, 0] if anchor == "start" else indices[:, -1]
     assert mask[:, 0 if anchor == "start" else -1].all()
@@ -221,18 +216,19 @@ def test_sampling_draws_episodes_uniformly_and_starts_or_stops_uniformly_within_
 
 @pytest.mark.parametrize("anchor", ["start", "stop"])
 def test_drawing_steps_starts_or_stops_at_each_step_alike(tmp_path, anchor):
-    replay, n = filled_replay(tmp_path, draw="steps"), 40_000
-    indices, mask = replay.sample(np.random.default_rng(0), n, 6, anchor)
+    replay, n = filled_replay(tmp_path), 40_000
+    indices, mask = replay.sample(np.random.default_rng(0), n, 6, anchor, "steps")
     place = 0 if anchor == "start" else -1
     assert mask[:, place].all()
     shares = np.bincount(indices[:, place], minlength=21) / n
     assert shares == pytest.approx(np.full(21, 1 / 21), abs=4 * (1 / 21 / n) ** 0.5)
 
 
+@pytest.mark.parametrize("draw", ["episodes", "steps"])
 @pytest.mark.parametrize("anchor", ["start", "stop"])
-def test_segments_are_consecutive_steps_of_one_episode_and_padding_is_on_the_right_side(tmp_path, anchor):
+def test_segments_are_consecutive_steps_of_one_episode_and_padding_is_on_the_right_side(tmp_path, anchor, draw):
     replay = filled_replay(tmp_path)
-    indices, mask = replay.sample(np.random.default_rng(1), 500, 6, anchor)
+    indices, mask = replay.sample(np.random.default_rng(1), 500, 6, anchor, draw)
     episode_of = np.searchsorted(replay.stops, np.arange(21), side="right")
     assert (episode_of[indices] == episode_of[indices[:, :1]]).all()
     for row, real in zip(indices, mask, strict=True):
@@ -248,35 +244,133 @@ def test_segments_are_consecutive_steps_of_one_episode_and_padding_is_on_the_rig
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
+class NoWriter:
+    """In place of TensorBoard's."""
+
+    def __getattr__(self, name):
+        return lambda *arguments, **options: None
+
+
 @pytest.fixture
 def run(tmp_path):
-    return iris_train.build(parse_args([*FAST, "--env-id", "Counter-v0", "--run-dir", str(tmp_path / "run")]))
+    run = iris_train.build(parse_args([*FAST, "--env-id", "Counter-v0", "--run-dir", str(tmp_path / "run")]))
+    run.writer = NoWriter()
+    return run
+
+
+def learn(run, name):
+    iris_train.optimise(run, name, getattr(iris_train, f"{name}_losses"))
+
+
+def test_each_epoch_runs_the_phases_that_are_due_in_their_order_and_saves_them(run, monkeypatch):
+    ran = []
+    for name in ("collect", "encode_replay", "decode_replay", "evaluate", "log", "save_checkpoint"):
+        monkeypatch.setattr(iris_train, name, lambda run, *_, name=name: ran.append((run.epoch, name)))
+    monkeypatch.setattr(iris_train, "fit_pixels", lambda run, model: ran.append((run.epoch, "fit_pixels")))
+    monkeypatch.setattr(iris_train, "optimise", lambda run, name, losses_of: ran.append((run.epoch, name)))
+    run.args.epochs, run.args.collect_epochs, run.args.eval_every = 6, 5, 3
+    run.args.tokenizer_from, run.args.tokenizer_until = 2, 4
+    run.args.world_model_from, run.args.actor_critic_from = 3, 4
+    iris_train.train(run)
+    tokenizer, actor_critic = ["fit_pixels", "tokenizer"], ["fit_pixels", "decode_replay", "actor_critic"]
+    expected = [
+        ["collect"],
+        ["collect", *tokenizer, "encode_replay"],
+        ["collect", *tokenizer, "encode_replay", "world_model", "evaluate"],
+        ["collect", *tokenizer, "encode_replay", "world_model", *actor_critic],
+        ["collect", "encode_replay", "world_model", *actor_critic],
+        ["encode_replay", "world_model", *actor_critic, "evaluate"],
+    ]
+    for epoch, phases in enumerate(expected, start=1):
+        assert [name for when, name in ran if when == epoch] == [*phases, "log", "save_checkpoint"], epoch
+
+    ran.clear()  # as after a resume: the last epoch is complete; then two more are asked for, of all phases
+    run.args.tokenizer_until = run.args.eval_every = 0
+    iris_train.train(run)
+    assert ran == []
+    run.args.epochs = 8
+    iris_train.train(run)
+    again = [*tokenizer, "encode_replay", "world_model", *actor_critic, "log", "save_checkpoint"]
+    assert ran == [(epoch, name) for epoch in (7, 8) for name in again]
+
+
+def test_a_tokenizer_that_is_not_trained_in_this_run_still_writes_the_tokens(run):
+    run.args.epochs, run.args.eval_every, run.args.tokenizer_from = 1, 0, 99
+    before = {key: value.clone() for key, value in run.agent.tokenizer.state_dict().items()}
+    iris_train.train(run)
+    assert len(run.tokens) == 25 and "losses/world_model" in run.metrics and "losses/tokenizer" not in run.metrics
+    assert all(torch.equal(value, before[key]) for key, value in run.agent.tokenizer.state_dict().items())
 
 
 def test_collect_stores_what_the_game_showed_and_did(run):
-    metrics = iris_train.collect(run)
-    replay = run.replay
+    iris_train.collect(run)
+    replay, metrics = run.replay, run.metrics
     assert len(replay) == 25
     for begin, stop in zip(replay.starts, replay.stops, strict=True):
         assert (replay.frames[begin:stop, 0, 0, 0] == 20 * np.arange(stop - begin)).all()  # Counter shows its step
         assert replay.ends[begin : stop - 1].sum() == 0 and stop - begin <= 9
     assert (replay.rewards == replay.actions).all()
-    ended = replay.ends.sum()
-    assert metrics["train/episodes"] == ended and metrics["train/length"] == pytest.approx(replay.stops[ended - 1] / ended)
+    last, games = np.flatnonzero(replay.ends)[-1] + 1, replay.ends.sum()
+    assert metrics["charts/episodic_length"] == pytest.approx(last / games)
+    assert metrics["charts/episodic_return"] == pytest.approx(replay.rewards[:last].sum() / games)
 
 
-def test_actions_are_held_until_the_policy_trains_and_never_by_default(run):
-    def repeats(hold: int, epoch: int) -> float:  # share of steps with the action of the step before
-        run.args.collect_hold, run.epoch, run.args.collect_steps = hold, epoch, 600
-        iris_train.collect(run)
-        actions = run.replay.actions[-600:]
-        return (actions[1:] == actions[:-1]).mean()
+def test_the_return_that_is_logged_is_that_of_whole_games_not_of_lives(run):
+    class Lives(gym.Wrapper):  # an end of Counter is a life lost, and every third one also the game's
+        ends = 0
 
-    run.args.actor_critic_from = 2
-    chance = 1 / run.env.action_space.n
-    assert repeats(1, 1) == pytest.approx(chance, abs=0.1) == repeats(100, 2)
-    # Holds of k steps, k as often as 1 / k^2 and 100 at most, last 3.8 on average: of as many steps one is a new draw.
-    assert repeats(100, 1) == pytest.approx(1 - (1 - chance) / 3.8, abs=0.12)
+        def step(self, action):
+            frame, reward, end, truncated, info = super().step(action)
+            self.ends += end
+            return frame, reward, end, truncated, info | {"life_lost": end and self.ends % 3 != 0}
+
+    run.env, run.args.collect_steps = Lives(run.env), 30
+    iris_train.collect(run)  # 30 steps are three to ten lives, but not always a game
+    iris_train.collect(run)
+    games = [0, *np.flatnonzero(run.replay.ends)[2::3] + 1]  # where they start
+    ended_now = [(start, stop) for start, stop in zip(games, games[1:]) if stop > 30]
+    assert ended_now and any(start < 30 for start, _ in ended_now)  # one of them had started in the first half
+    returns = [run.replay.rewards[start:stop].sum() for start, stop in ended_now]
+    assert run.metrics["charts/episodic_return"] == pytest.approx(np.mean(returns))
+    assert run.metrics["charts/episodic_length"] == pytest.approx(np.mean([stop - start for start, stop in ended_now]))
+
+
+class Draws:
+    """In place of a run's generator: no action at random, and only long holds."""
+
+    def __init__(self, rng):
+        self.rng = rng
+
+    def __getattr__(self, name):
+        return getattr(self.rng, name)
+
+    def random(self):
+        return 1.0
+
+    def zipf(self, exponent):
+        assert exponent == 2.0  # k as often as 1 / k^2
+        return 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "held"),
+    [
+        ({"collect_hold": 2}, True),
+        ({"collect_hold": 1}, False),
+        ({"collect_hold": 2, "actor_critic_from": 1}, False),
+        ({"collect_hold": 2, "init_from": "a.pt"}, False),
+        ({"collect_hold": 2, "init_from": "a.pt", "init_models": ("tokenizer", "world_model")}, True),
+    ],
+)
+def test_actions_are_held_until_a_policy_is_trained_and_no_longer_than_their_episode(run, monkeypatch, changes, held):
+    run.args = dataclasses.replace(run.args, **{"actor_critic_from": 2, "collect_steps": 60} | changes)
+    run.epoch, run.rng, asked = 1, Draws(run.rng), iter(range(60))
+    monkeypatch.setattr(run.agent, "act", lambda frames, state, temperature: (torch.tensor([next(asked) % 3]), state))
+    iris_train.collect(run)
+    for start, stop in zip(run.replay.starts, run.replay.stops, strict=True):
+        steps = np.arange(stop - start)
+        chosen_at = start + steps - steps % 2 if held else start + steps
+        assert run.replay.actions[start:stop].tolist() == (chosen_at % 3).tolist()
 
 
 def test_collecting_in_two_goes_warms_the_memory_up_on_the_latest_frames_of_the_same_episode(run, monkeypatch):
@@ -301,35 +395,59 @@ def test_each_frame_is_encoded_once_an_epoch_and_later_phases_read_tokens(run, m
     encode = run.agent.tokenizer.encode
     monkeypatch.setattr(run.agent.tokenizer, "encode", lambda frames: encoded.append(len(frames)) or encode(frames))
     iris_train.collect(run)
-    iris_train.train_tokenizer(run)
+    learn(run, "tokenizer")
     encoded.clear()
-    metrics = iris_train.encode_replay(run)
-    assert sum(encoded) == 25 and 1 <= metrics["codes/in_use"] <= 512 and metrics["codes/perplexity"] <= metrics["codes/in_use"]
-    iris_train.train_world_model(run)
-    iris_train.train_actor_critic(run)
+    iris_train.encode_replay(run)
+    in_use, perplexity = run.metrics["charts/codes_in_use"], run.metrics["charts/codes_perplexity"]
+    assert sum(encoded) == 25 and 1 <= perplexity <= in_use <= 512
+    learn(run, "world_model")
+    learn(run, "actor_critic")
     assert sum(encoded) == 25
 
 
-def test_statistics_for_standardising_are_taken_at_the_first_training_and_then_kept(run):
-    models = run.agent.tokenizer, run.agent.actor_critic
-    iris_train.collect(run)
-    assert not any(model.standardize.fitted for model in models)
-    for first in (True, False):
-        iris_train.train_tokenizer(run)
-        iris_train.encode_replay(run)
-        iris_train.train_actor_critic(run)
-        if first:
-            taken = [model.standardize.mean.clone() for model in models]
-            iris_train.collect(run)
-    assert all(model.standardize.fitted for model in models)
-    assert all(torch.equal(model.standardize.mean, mean) for model, mean in zip(models, taken, strict=True))
+def test_tokens_are_written_anew_after_the_tokenizer_was_trained(run):
+    run.args.epochs, run.args.eval_every = 2, 0
+    iris_train.train(run)
+    tokens, run.tokens = run.tokens, None
+    iris_train.encode_replay(run)
+    assert torch.equal(tokens, run.tokens)
 
 
-def test_each_phase_trains_its_own_component_only(run):
+def test_frames_that_warm_up_a_memory_are_reconstructed_once_if_that_is_less_work(run):
     iris_train.collect(run)
-    for phase, name in (("train_tokenizer", "tokenizer"), ("train_world_model", "world_model"), ("train_actor_critic", "actor_critic")):
+    iris_train.encode_replay(run)
+    run.args.actor_critic_steps, run.args.actor_critic_batch_size, run.args.burn_in = 13, 1, 2
+    iris_train.decode_replay(run)
+    frames = iris_train.to_stored(run.agent.tokenizer.decode(run.tokens).detach())
+    assert torch.equal(run.decoded, frames)
+    run.args.actor_critic_steps = 12  # 24 frames of dreams, and 25 of the replay
+    iris_train.decode_replay(run)
+    assert run.decoded is None
+
+
+def test_statistics_of_pixels_are_taken_before_the_first_training_and_then_kept(run):
+    models, frames = (run.agent.tokenizer, run.agent.actor_critic), []
+    iris_train.collect(run)
+    assert all((model.mean == 0.5).all() and (model.std == 0.5).all() for model in models)
+    for _ in range(2):
+        for model in models:
+            iris_train.fit_pixels(run, model)
+        frames.append([torch.cat([model.mean, model.std]).clone() for model in models])
+        iris_train.collect(run)
+    assert all((first != 0.5).any() and torch.equal(first, second) for first, second in zip(*frames, strict=True))
+    run.agent.tokenizer.config.standardize = False
+    run.agent.tokenizer.std.fill_(0.5)
+    iris_train.fit_pixels(run, run.agent.tokenizer)
+    assert (run.agent.tokenizer.std == 0.5).all()
+
+
+def test_each_phase_trains_its_own_model_only(run):
+    iris_train.collect(run)
+    for name in ("tokenizer", "world_model", "actor_critic"):
         before = {key: value.clone() for key, value in run.agent.state_dict().items()}
-        getattr(iris_train, phase)(run)
+        if name != "world_model":
+            iris_train.fit_pixels(run, getattr(run.agent, name))
+        learn(run, name)
         iris_train.encode_replay(run)
         changed = {key.split(".")[0] for key, value in run.agent.state_dict().items() if not torch.equal(value, before[key])}
         assert changed == {name}
@@ -340,146 +458,77 @@ def test_a_split_batch_keeps_its_size_and_its_gradient(run, accumulate, sizes):
     frames, state = torch.rand(5, 3, 64, 64), {key: value.clone() for key, value in run.agent.state_dict().items()}
     tokenizer, drawn = run.agent.tokenizer, []
 
-    def losses_of(n):
+    def losses_of(run, n):
         part = frames[sum(drawn) % 5 :][:n]
         drawn.append(n)
-        return {"loss": (tokenizer.decode(tokenizer.encode(part)) - part).square().mean()}, {}
+        return {"pixels": (tokenizer.decode(tokenizer.encode(part)) - part).square().mean()}, {}
 
     run.args.tokenizer_batch_size, run.args.tokenizer_steps, norms = 5, 1, []
     for run.args.accumulate in (1, accumulate):
         drawn.clear()
         run.agent.load_state_dict(state)
-        norms.append(iris_train.optimise(run, "tokenizer", losses_of)["tokenizer/grad_norm"])
+        iris_train.optimise(run, "tokenizer", losses_of)
+        norms.append(run.metrics["losses/tokenizer_grad_norm"])
     assert drawn == sizes and norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_a_loss_that_is_not_finite_names_component_epoch_and_step(run):
-    run.epoch, run.args.world_model_steps, calls = 6, 5, []
+def test_codes_are_revived_after_batches_not_after_parts_of_them_and_never_beside_the_perceptual_loss(run, monkeypatch):
+    revived = []
+    monkeypatch.setattr(run.agent.tokenizer.codebook, "revive", lambda z, after: revived.append((len(z), after)))
+    monkeypatch.setattr(run.agent.tokenizer, "loss", lambda frames, lpips, z: {})
+    iris_train.collect(run)
+    run.args.tokenizer_batch_size, run.args.tokenizer.revive_after = 4, 50
+    for run.args.accumulate in (1, 2):
+        iris_train.tokenizer_losses(run, 3)
+    run.lpips = object()
+    iris_train.tokenizer_losses(run, 3)
+    assert revived == [(3, 50), (3, 100)]
 
-    def losses_of(n):
+
+def test_means_over_the_epoch_are_logged_under_the_names_of_losses_and_metrics(run):
+    weight, numbers = run.agent.world_model.ln_f.bias, iter((1.0, 2.0, 3.0, 6.0))
+
+    def losses_of(run, n):
+        x = next(numbers)
+        return {"a": weight.sum() * 0 + x, "b": weight.sum() * 0 + 10.0}, {"c": torch.tensor(5 * x)}
+
+    run.args.world_model_steps, run.metrics = 4, {}
+    iris_train.optimise(run, "world_model", losses_of)
+    logged = {"a_loss": 3, "b_loss": 10, "c": 15, "world_model": 13, "world_model_grad_norm": 0}
+    assert {key: value for key, value in run.metrics.items() if key.startswith("losses/")} == {
+        f"losses/{key}": value for key, value in logged.items()
+    }
+    assert run.metrics["charts/world_model_learning_rate"] == run.args.world_model_learning_rate
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_model_epoch_and_step(run):
+    run.epoch, run.args.world_model_steps, calls = 7, 5, []
+
+    def losses_of(run, n):
         calls.append(n)
         weight = next(run.agent.world_model.parameters())
         return {"observations": weight.sum() * (float("nan") if len(calls) == 3 else 1.0)}, {}
 
-    with pytest.raises(IrisError, match="world model's observations is not finite in epoch 7, step 3"):
+    with pytest.raises(IrisError, match="observations_loss is not finite in epoch 7, step 3 of the world_model"):
         iris_train.optimise(run, "world_model", losses_of)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_though_every_loss_is(run):
-    def losses_of(n):
+    def losses_of(run, n):
         weight = next(run.agent.world_model.parameters())
         return {"observations": (weight - weight.detach()).abs().sum().sqrt()}, {}  # 0, with an infinite slope
 
-    run.args.world_model_steps = 1
-    with pytest.raises(IrisError, match="world model's grad_norm is not finite in epoch 1, step 1"):
+    run.epoch, run.args.world_model_steps = 1, 1
+    with pytest.raises(IrisError, match="world_model_grad_norm is not finite in epoch 1, step 1 of the world_model"):
         iris_train.optimise(run, "world_model", losses_of)
 
 
-def test_a_tokenizer_that_is_not_trained_in_this_run_still_writes_the_tokens(tmp_path):
-    arguments = [*FAST, "--env-id", "Counter-v0", "--run-dir", str(tmp_path / "run"), "--tokenizer-from", "99"]
-    run = iris_train.build(parse_args([*arguments, "--epochs", "1"]))
-    due = [name for name, (_, epochs) in iris_train.phases(run.args).items() if 1 in epochs]
-    assert due == ["collect", "encode", "world_model", "actor_critic"]
-    for name in due:
-        iris_train.phases(run.args)[name][0](run)
-
-
-def test_test_episodes_are_whole_games_with_their_true_returns(run):
-    class Last(torch.nn.Module):  # always the last action, 2, so a game of n steps returns 2n
-        def act(self, frames, state, temperature):
-            assert temperature == 0.25
-            shown = (frames[:, 0, 0, 0] * 255).round() / 20  # Counter shows how many steps the game has had
-            assert torch.equal(shown[:, None].expand_as(state[0]), state[0])  # each game keeps its own memory
-            seen.append(len(frames))
-            return torch.full((len(frames),), 2), tuple(x + 1 for x in state)
-
-    seen, agent = [], Last()
-    agent.actor_critic = run.agent.actor_critic
-    run.args.test_episodes, run.args.test_envs, run.args.test_temperature = 5, 2, 0.25
-    played = iris_train.play_test_episodes(agent, run.args, run.device, seed=0)
-    assert len(played) == 5 and all(game["return"] == 2 * game["length"] == 2 * len(game["frames"]) for game in played)
-    assert all(3 <= game["length"] <= 9 and game["ends"].tolist() == [0] * (game["length"] - 1) + [1] for game in played)
-    assert len({game["length"] for game in played}) > 1
-    assert sum(seen) == sum(game["length"] for game in played)  # no frame is acted on behind an end
-
-
-def test_of_a_long_test_game_only_the_first_steps_are_kept_but_all_rewards_count(run):
-    played = iris_train.play_test_episodes(run.agent, run.args, run.device, seed=0, keep=2)
-    assert all(len(game["frames"]) == 2 and game["length"] >= 3 for game in played)
-
-
-def test_kept_episodes_are_the_last_ten_and_the_best(tmp_path):
-    for i in range(14):
-        columns = {"frames": np.zeros((2, 64, 64, 3), np.uint8), "actions": np.zeros(2), "ends": np.zeros(2)}
-        iris_train.save_episode(tmp_path, f"step_{i:03d}", columns | {"rewards": np.array([1.0, 10.0 if i == 1 else i / 10])})
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["best.npz", *(f"step_{i:03d}.npz" for i in range(4, 14))]
-    best = np.load(tmp_path / "best.npz")
-    assert best["return"] == 11 and best["frames"].shape == (2, 64, 64, 3) and best["rewards"].tolist() == [1, 10]
-
-
-# --- arguments -------------------------------------------------------------------------------------------------------
-
-
-def test_paper_preset_holds_the_published_schedule():
-    args = parse_args([])
-    assert args == Args()
-    assert (args.epochs, args.collect_epochs * args.collect_steps, args.collect_epsilon) == (600, 100_000, 0.01)
-    assert (args.tokenizer_from, args.world_model_from, args.actor_critic_from) == (6, 26, 51)
-    assert (args.tokenizer_batch_size, args.world_model_batch_size, args.actor_critic_batch_size) == (256, 64, 64)
-    assert (args.gamma, args.lambda_, args.entropy_weight, args.horizon, args.burn_in) == (0.995, 0.95, 0.001, 20, 20)
-    assert (args.noop_max, args.max_frames, args.test_noop_max, args.test_max_frames) == (30, 20_000, 1, 108_000)
-
-
-def test_explicit_flags_override_a_preset_wherever_they_stand():
-    laptop = parse_args(["--preset", "laptop"])
-    assert laptop.epochs < 600 and laptop.tokenizer.channels != Args().tokenizer.channels
-    for argv in (["--epochs", "7", "--preset", "laptop"], ["--preset=laptop", "--epochs=7"]):
-        assert parse_args(argv) == Args(**{**vars(laptop), "epochs": 7})
-
-
-def test_load_agent_reads_a_run_its_checkpoint_and_a_published_one(run, tmp_path):
-    import reference
-
-    iris_train.save_checkpoint(run, 0)
-    for source in (run.folder, run.folder / "checkpoint.pt"):
-        agent, args = load_agent(source)
-        assert args == run.args and not agent.training
-        assert all(torch.equal(a, b) for a, b in zip(agent.parameters(), run.agent.parameters(), strict=True))
-    torch.save(reference.official_state_dict(6), tmp_path / "Pong.pt")
-    agent, args = load_agent(tmp_path / "Pong.pt")
-    assert args == Args(env_id="PongNoFrameskip-v4") and agent.world_model.num_actions == 6
-
-
-def test_a_checkpoint_needs_no_trust(run):
-    """It loads with weights_only, so it can't bring code along."""
-    iris_train.save_checkpoint(run, 0)
-    assert torch.load(run.folder / "checkpoint.pt", weights_only=True)["epoch"] == 0
-
-
-def test_a_resumed_run_takes_the_learning_rate_of_the_command_line(run):
-    iris_train.collect(run)
-    iris_train.train_tokenizer(run)
-    iris_train.save_checkpoint(run, 1)
-    run.lock_file.close()
-    again = iris_train.build(parse_args(["--resume", str(run.folder), "--tokenizer-learning-rate", "1e-9"]))
-    assert again.optimizers["tokenizer"].param_groups[0]["lr"] == 1e-9
-    assert again.optimizers["tokenizer"].state  # and its moments come back
-    assert again.optimizers["world_model"].param_groups[0]["weight_decay"] == 0.01
-
-
-def test_a_tokenizer_with_a_last_epoch_slows_down_towards_it_and_then_rests(run):
-    run.args.tokenizer_from, run.args.tokenizer_until, run.args.epochs = 3, 6, 9
-    iris_train.collect(run)
-    rates = []
-    for run.epoch in (2, 3, 4, 5):  # epochs 3 to 6
-        iris_train.train_tokenizer(run)
-        rates.append(run.optimizers["tokenizer"].param_groups[0]["lr"] / run.args.tokenizer_learning_rate)
-    assert rates == [1, 1, 1, 0.5]
-    assert list(iris_train.phases(run.args)["tokenizer"][1]) == [3, 4, 5, 6]
-    assert list(iris_train.phases(run.args)["encode"][1])[-1] == 9
-    run.args.tokenizer_until = 0
-    assert list(iris_train.phases(run.args)["tokenizer"][1]) == list(range(3, 10))
+def test_the_learning_rate_of_a_tokenizer_with_a_last_epoch_falls_towards_it():
+    args = Args(tokenizer_from=3, tokenizer_until=6, tokenizer_learning_rate=1.0, world_model_learning_rate=0.5)
+    assert [learning_rate(args, "tokenizer", epoch) for epoch in (3, 4, 5, 6)] == [1, 1, 1, 0.5]
+    assert [learning_rate(args, "world_model", epoch) for epoch in (3, 6)] == [0.5, 0.5]
+    args.tokenizer_until = 0
+    assert [learning_rate(args, "tokenizer", epoch) for epoch in (3, 600)] == [1, 1]
 
 
 def test_tokens_of_a_tokenizer_that_rests_are_kept_in_parts_that_a_resumed_run_would_encode_alike(run, monkeypatch):
@@ -500,24 +549,199 @@ def test_tokens_of_a_tokenizer_that_rests_are_kept_in_parts_that_a_resumed_run_w
     assert encoded() == [256, 69] and torch.equal(tokens, run.tokens)
 
 
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_test_episodes_are_whole_games_and_what_comes_after_their_ends_counts_for_nothing(run):
+    class Alternating(torch.nn.Module):  # a game's actions are 0, 1, 2, 0, ..., as it remembers how many it has had
+        def act(self, frames, state, temperature):
+            assert temperature == 0.25
+            return state[0][:, 0].long() % 3, tuple(x + 1 for x in state)
+
+    agent = Alternating()
+    agent.actor_critic = run.agent.actor_critic
+    run.args.test_episodes, run.args.test_envs, run.args.test_temperature = 5, 2, 0.25
+    played, lengths = iris_train.play_test_episodes(agent, run.args, run.device, seed=7), []
+    for seed in range(7, 12):
+        env = make_env("Counter-v0")
+        env.reset(seed=seed)
+        lengths.append(env.unwrapped.length)
+    assert [game["length"] for game in played] == lengths and len(set(lengths)) > 1
+    for game in played:
+        count, steps = np.arange(game["length"]), game["steps"]
+        assert steps.dtype == STEP and (steps["frames"][:, 5, 6, 1] == 20 * count).all()
+        assert (steps["actions"] == count % 3).all() and (steps["rewards"] == count % 3).all()
+        assert game["return"] == (count % 3).sum() and np.flatnonzero(steps["ends"]).tolist() == [count[-1]]
+
+
+def test_of_a_long_test_game_only_the_first_steps_are_kept_but_all_rewards_count(run):
+    whole, first = (
+        iris_train.play_test_episodes(run.agent, run.args, run.device, seed=0, keep=keep) for keep in (2000, 2)
+    )
+    assert all(len(game["steps"]) == 2 and game["length"] >= 3 and not game["steps"]["ends"].any() for game in first)
+    assert [game["length"] for game in first] == [game["length"] for game in whole]
+    assert sum(len(game["steps"]) for game in iris_train.play_test_episodes(run.agent, run.args, run.device, 0, keep=0)) == 0
+
+
+def test_evaluating_changes_no_weights_no_draws_and_no_replay(tmp_path):
+    argv = [*FAST, "--env-id", "Counter-v0", "--epochs", "3"]
+    for every in ("1", "0"):
+        iris_train.main(parse_args([*argv, "--eval-every", every, "--run-dir", str(tmp_path / every)]))
+    often, never = (torch.load(tmp_path / every / "checkpoint.pt", weights_only=True) for every in ("1", "0"))
+    assert (tmp_path / "1/media/episodes/test").is_dir() and not (tmp_path / "0/media/episodes/test").exists()
+    for key, weight in often["agent"].items():
+        assert torch.equal(weight, never["agent"][key]), key
+    assert often["numpy_rng"] == never["numpy_rng"] and torch.equal(often["torch_rng"], never["torch_rng"])
+    assert (tmp_path / "1/replay/steps.bin").read_bytes() == (tmp_path / "0/replay/steps.bin").read_bytes()
+
+
+def test_of_many_test_episodes_ten_are_written_and_the_best_is_among_them(run, monkeypatch):
+    def games(*_):
+        steps = np.zeros(3, STEP)
+        return [{"return": 99.0 if i == 2 else i, "length": 3, "steps": steps.copy()} for i in range(20)]
+
+    written, save = [], iris_train.save_episode
+    monkeypatch.setattr(iris_train, "play_test_episodes", games)
+    monkeypatch.setattr(iris_train, "save_episode", lambda *arguments: written.append(arguments[1]) or save(*arguments))
+    run.epoch, run.args.tokenizer_from, run.args.world_model_from = 4, 9, 9
+    iris_train.evaluate(run)
+    assert written == [f"epoch_0004_{i:02d}" for i in (2, *range(11, 20))]
+    names = sorted(path.name for path in (run.folder / "media/episodes/test").iterdir())
+    assert names == ["best.npz", *(f"{name}.npz" for name in written)]
+    assert np.load(run.folder / "media/episodes/test/best.npz")["return"] == 99  # though only 3 of its steps were kept
+    assert run.metrics["eval/episodic_return"] == pytest.approx((99 + sum(range(20)) - 2) / 20)
+
+
+def kept_episode(*rewards):
+    n = len(rewards)
+    frames = np.zeros((n, 64, 64, 3), np.uint8)
+    return {"frames": frames, "actions": np.zeros(n), "rewards": np.array(rewards), "ends": np.zeros(n)}
+
+
+def test_kept_episodes_are_the_last_ten_and_the_best(tmp_path):
+    for i in range(14):
+        iris_train.save_episode(tmp_path, f"step_{i:03d}", kept_episode(1.0, 10.0 if i == 1 else i / 10))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["best.npz", *(f"step_{i:03d}.npz" for i in range(4, 14))]
+    best = np.load(tmp_path / "best.npz")
+    assert best["return"] == 11 and best["frames"].shape == (2, 64, 64, 3) and best["rewards"].tolist() == [1, 10]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut short", "zeros in a member", "another file"])
+def test_a_damaged_best_episode_is_replaced_and_does_not_stop_the_run(tmp_path, damage):
+    best = tmp_path / "best.npz"
+    iris_train.save_episode(tmp_path, "step_000", kept_episode(100.0))
+    whole = best.read_bytes()
+    member = whole.index(b"return.npy") + len("return.npy")
+    best.write_bytes({
+        "empty": b"", "cut short": whole[: len(whole) // 2],
+        "zeros in a member": whole[:member] + bytes(60) + whole[member + 60 :], "another file": b"hello",
+    }[damage])  # fmt: skip
+    with pytest.raises(Exception):
+        np.load(best)["return"]
+    iris_train.save_episode(tmp_path, "step_001", kept_episode(1.0))
+    assert np.load(best)["return"] == 1
+
+
+# --- arguments, checkpoints ------------------------------------------------------------------------------------------
+
+
+def test_paper_preset_holds_the_published_schedule():
+    args = parse_args([])
+    assert args == Args()
+    assert (args.epochs, args.collect_epochs * args.collect_steps, args.collect_epsilon) == (600, 100_000, 0.01)
+    assert (args.tokenizer_from, args.world_model_from, args.actor_critic_from) == (6, 26, 51)
+    assert (args.tokenizer_batch_size, args.world_model_batch_size, args.actor_critic_batch_size) == (256, 64, 64)
+    assert (args.gamma, args.lambda_, args.entropy_weight, args.horizon, args.burn_in) == (0.995, 0.95, 0.001, 20, 20)
+    assert (args.noop_max, args.max_frames, args.test_noop_max, args.test_max_frames) == (30, 20_000, 1, 108_000)
+    assert (args.draw, args.collect_hold, args.tokenizer_until, args.after_end) == ("episodes", 1, 0, True)
+
+
+def test_explicit_flags_override_a_preset_wherever_they_stand():
+    laptop = parse_args(["--preset", "laptop"])
+    assert laptop.epochs < 600 and laptop.tokenizer.channels != Args().tokenizer.channels
+    for argv in (["--epochs", "7", "--preset", "laptop"], ["--preset=laptop", "--epochs=7"]):
+        assert parse_args(argv) == Args(**{**vars(laptop), "epochs": 7})
+
+
+def test_load_agent_reads_a_run_its_checkpoint_and_a_published_one(run, tmp_path):
+    import reference
+
+    iris_train.save_checkpoint(run)
+    for source in (run.folder, run.folder / "checkpoint.pt"):
+        agent, args = load_agent(source)
+        assert args == run.args and not agent.training
+        assert all(torch.equal(a, b) for a, b in zip(agent.parameters(), run.agent.parameters(), strict=True))
+    torch.save(reference.official_state_dict(6), tmp_path / "Pong.pt")
+    agent, args = load_agent(tmp_path / "Pong.pt")
+    assert args == Args(env_id="PongNoFrameskip-v4") and agent.world_model.num_actions == 6
+
+
+def test_a_checkpoint_needs_no_trust(run):
+    """It loads with weights_only, so it can't bring code along."""
+    iris_train.save_checkpoint(run)
+    assert torch.load(run.folder / "checkpoint.pt", weights_only=True)["epoch"] == 0
+
+
+def test_a_run_that_stops_says_which_epoch_is_saved(run):
+    assert iris_train.saved(run) == f"Nothing was saved in {run.folder}"
+    run.epoch = 4
+    iris_train.save_checkpoint(run)
+    run.epoch = 5
+    assert iris_train.saved(run).startswith("Epoch 4 is saved; ") and f"--resume {run.folder}" in iris_train.saved(run)
+
+
+def resumed(run, *flags):
+    """The run, from its checkpoint."""
+    run.lock.close()
+    again = iris_train.build(parse_args(["--resume", str(run.folder), *flags]))
+    again.writer = NoWriter()
+    return again
+
+
+def test_a_resumed_run_takes_the_learning_rates_and_the_weight_decay_of_the_command_line(run):
+    iris_train.collect(run)
+    learn(run, "tokenizer")
+    run.epoch = 1
+    iris_train.save_checkpoint(run)
+    again = resumed(run, "--tokenizer-learning-rate", "1e-9", "--world-model-weight-decay", "0.5")
+    assert again.epoch == again.saved_epoch == 1 and again.optimizers["tokenizer"].state  # its moments come back
+    again.epoch = 2
+    learn(again, "tokenizer")
+    assert again.optimizers["tokenizer"].param_groups[0]["lr"] == 1e-9
+    assert [group["weight_decay"] for group in again.optimizers["world_model"].param_groups] == [0.5, 0]
+
+
+def test_a_resumed_run_has_the_learning_rates_of_an_undisturbed_one_also_of_a_tokenizer_that_rests(run):
+    def rates(run):
+        return {name: optimizer.param_groups[0]["lr"] for name, optimizer in run.optimizers.items()}
+
+    run.args.epochs, run.args.eval_every, run.args.tokenizer_until = 4, 0, 3
+    iris_train.train(run)
+    assert rates(run)["tokenizer"] == pytest.approx(run.args.tokenizer_learning_rate * 2 / 3)
+    again = resumed(run, "--epochs", "5")
+    assert rates(again) == rates(run)
+    iris_train.train(again)
+    assert rates(again) == rates(run)
+
+
 def test_a_folder_in_which_another_process_trains_is_left_alone(run):
-    iris_train.save_checkpoint(run, 0)
+    iris_train.save_checkpoint(run)
     with pytest.raises(IrisError, match="another process is training"):
         iris_train.build(parse_args(["--resume", str(run.folder)]))
 
 
-def test_steps_that_no_checkpoint_speaks_of_are_not_overwritten(run, tmp_path):
+def test_steps_that_no_checkpoint_knows_of_are_not_overwritten(run):
     iris_train.collect(run)
-    run.lock_file.close()
-    with pytest.raises(IrisError, match="no checkpoint speaks of"):
+    run.lock.close()
+    with pytest.raises(IrisError, match="no checkpoint knows of"):
         iris_train.build(run.args)
-    assert (run.folder / "replay/frames.bin").stat().st_size == 25 * 64 * 64 * 3
+    assert (run.folder / "replay/steps.bin").stat().st_size == 25 * STEP.itemsize
 
 
 @pytest.mark.parametrize("key", ["game_start", "agent", "args", "numpy_rng", "optimizers"])
 def test_a_checkpoint_of_another_version_is_refused(run, key):
-    iris_train.save_checkpoint(run, 0)
-    run.lock_file.close()
+    iris_train.save_checkpoint(run)
     path = run.folder / "checkpoint.pt"
     content = torch.load(path, weights_only=True)
     if isinstance(content[key], dict):
@@ -526,16 +750,35 @@ def test_a_checkpoint_of_another_version_is_refused(run, key):
         del content[key]
     torch.save(content, path)
     with pytest.raises(IrisError, match="of this version|of an IRIS run"):
-        iris_train.build(parse_args(["--resume", str(run.folder)]))
+        resumed(run)
 
 
 def test_a_run_older_than_an_argument_has_that_arguments_default(run):
-    iris_train.save_checkpoint(run, 0)
+    iris_train.save_checkpoint(run)
     path = run.folder / "checkpoint.pt"
     content = torch.load(path, weights_only=True)
     del content["args"]["draw"]
     torch.save(content, path)
     assert run.args.draw == "steps" and iris_train.load_agent(path)[1] == dataclasses.replace(run.args, draw="episodes")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    """--env-id Grey-v0; --seed 2; --noop-max 5; --max-frames 77; --run-dir elsewhere; --init-from a.pt; --preset catch;
+    --perceptual-loss lpips; --world-model.layers 3; --tokenizer.code-dim 8; --actor-critic.lstm-width 8""".split(";"),
+)
+def test_what_makes_a_run_what_it_is_cannot_be_changed_on_resume(run, flags):
+    iris_train.save_checkpoint(run)
+    with pytest.raises(IrisError, match="is a run with .*: leave that out") as error:
+        parse_args(["--resume", str(run.folder), *flags.split()])
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_run_has_already_may_be_said_again_on_resume(run):
+    iris_train.save_checkpoint(run)
+    said = "--perceptual-loss auto --seed 1 --env-id Counter-v0 --preset laptop --noop-max 30 --init-from".split()
+    args = parse_args(["--resume", str(run.folder), "--run-dir", str(run.folder), *said, "", "--epochs", "9"])
+    assert args == dataclasses.replace(run.args, resume=str(run.folder), epochs=9)
 
 
 @pytest.mark.parametrize(
@@ -552,16 +795,28 @@ def test_numbers_that_no_run_can_have_are_refused_at_the_start(flags, tmp_path):
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
-def test_init_from_takes_over_the_chosen_parts_only(run, tmp_path):
-    iris_train.save_checkpoint(run, 0)
-    argv = [*FAST, "--env-id", "Counter-v0", "--seed", "2", "--init-from", str(run.folder), "--no-load-world-model"]
-    fresh = iris_train.build(parse_args([*argv, "--run-dir", str(tmp_path / "other")])).agent
+def test_models_that_no_epoch_of_the_run_trains_are_named_in_one_line_each(tmp_path, capsys):
+    flags = ["--epochs", "1", "--eval-every", "0", "--world-model-from", "7", "--actor-critic-from", "8"]
+    iris_train.main(parse_args([*FAST, "--env-id", "Counter-v0", "--run-dir", str(tmp_path / "run"), *flags]))
+    said = [line for line in capsys.readouterr().out.splitlines() if "trains from epoch" in line]
+    assert said == [
+        "The world_model trains from epoch 7 on, so not within 1 epochs.",
+        "The actor_critic trains from epoch 8 on, so not within 1 epochs.",
+    ]
+
+
+def test_init_from_takes_over_the_chosen_models_only(run, tmp_path):
+    iris_train.save_checkpoint(run)
+    argv = [*FAST, "--env-id", "Counter-v0", "--seed", "2", "--init-from", str(run.folder)]
+    chosen = ["--init-models", "tokenizer", "actor_critic"]
+    fresh = iris_train.build(parse_args([*argv, *chosen, "--run-dir", str(tmp_path / "other")])).agent
     for name, same in (("tokenizer", True), ("world_model", False), ("actor_critic", True)):
         pairs = zip(getattr(fresh, name).parameters(), getattr(run.agent, name).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) == same
-    with pytest.raises(IrisError, match="actor_critic of .* has other sizes"):  # weights for frames seen otherwise
-        argv += ["--actor-critic.no-standardize", "--run-dir", str(tmp_path / "third")]
+    argv += ["--actor-critic.no-standardize", "--run-dir", str(tmp_path / "third")]  # weights for frames seen otherwise
+    with pytest.raises(IrisError, match="actor_critic of .* does not fit .*--init-models"):
         iris_train.build(parse_args(argv))
+    iris_train.build(parse_args([*argv, "--init-models", "tokenizer", "world_model"]))
 
 
 def test_catch_pays_whoever_is_under_the_ball_and_the_best_player_always_is():
@@ -583,3 +838,28 @@ def test_catch_pays_whoever_is_under_the_ball_and_the_best_player_always_is():
 
     assert [play(seed, lambda ball, paddle: 1 + (ball > paddle) - (ball < paddle)) for seed in range(40)] == [1.0] * 40
     assert {play(seed, lambda ball, paddle: 2 if ball < paddle else 0) for seed in range(40)} == {-1.0}
+
+
+# --- frames ---
+
+
+def test_resize_is_pillows_within_one_level():
+    from PIL import Image
+
+    screen = np.random.default_rng(0).integers(0, 256, (210, 160, 3), dtype=np.uint8)
+    screen[100:104, 50:52] = 255
+    expected = np.asarray(Image.fromarray(screen).resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
+    resized = iris_train.resize_frame(screen)
+    assert resized.shape == (64, 64, 3) and resized.dtype == np.uint8
+    assert np.abs(resized.astype(int) - expected).max() <= 1
+
+
+def test_stored_frames_survive_the_way_to_the_models_and_back():
+    frames = torch.arange(256, dtype=torch.uint8).repeat(480).view(2, 5, 64, 64, 3)  # every level there is
+    as_the_models_read_them = iris_train.to_model(frames)
+    assert as_the_models_read_them.shape == (2, 5, 3, 64, 64)
+    assert as_the_models_read_them.min() == 0 and as_the_models_read_them.max() == 1
+    assert torch.equal(as_the_models_read_them[1, 2, :, 3, 4] * 255, frames[1, 2, 3, 4].float())
+    assert torch.equal(iris_train.to_stored(as_the_models_read_them), frames)
+    outside = torch.tensor([-0.1, 1.1]).view(1, 1, 2).expand(3, 1, 2)
+    assert iris_train.to_stored(outside).tolist() == [[[0, 0, 0], [255, 255, 255]]]
