@@ -5,18 +5,16 @@ imagined episodes (IRIS, arXiv 2209.00588, section 2.3): the dream of chapter 2 
 actions, the rewards become lambda-returns, and actions that led to more than the value predicted become more likely.
 Real frames do two things only: 20 of them fill the LSTM's memory, and the 21st starts the dream.
 
-    real frames 1 .. 20                 real frame 21      dream       dream             dream
-      | reconstructed                     | reconstructed    |           |                 |
-      v                                   v                  v           v                 v
-    warm_up, no gradient --- state ---> actor-critic ---> actor-critic ---> ... ---> actor-critic       step by step
-                                          | logits, value    | state passes from step to step
-                                          v                  v
-                                        action ~ softmax --> dream.step(action): reward, end, next frame
+    real frames 1 .. 20, decoded       real frame 21       dream                 dream
+       |                                  |                  |                     |
+    warm_up, no gradient -- state --> actor-critic --> actor-critic --> ... --> actor-critic     state passes on
+                                          | logits, value
+                                       action ~ softmax --> dream.step(action) -> reward, end, next frame
 
     gradient:  losses -> logits and values -> LSTM, back to the first step -> convolutions; never into the dream
 
 Run it:    python iris_agent.py     (a minute on a laptop: a small game of memory in place of the dream)
-Reuse it:  copy this file; it needs torch only.
+Reuse it:  copy this file; it needs torch only (the reader of published checkpoints, at the end, also chapters 1 and 2).
 
     import torch
     from iris_agent import ActorCritic
@@ -24,14 +22,14 @@ Reuse it:  copy this file; it needs torch only.
     state = actor_critic.warm_up(torch.rand(2, 20, 3, 64, 64), mask)
     logits, values, state = actor_critic(torch.rand(2, 3, 64, 64), state)
 
-A training step, with tokenizer and dream of chapters 1 and 2, and segments of real frames (N, 21, 3, 64, 64):
+A training step, with tokenizer and dream of chapters 1 and 2 and N segments of real frames, (N, 21, 3, 64, 64):
 
     past = tokenizer.reconstruct(segments[:, :-1].flatten(0, 1)).unflatten(0, (N, 20))
     rollout = imagine(actor_critic, dream, dream.reset(segments[:, -1]), actor_critic.warm_up(past, mask), horizon=20)
     losses, metrics = actor_critic_loss(rollout, gamma=0.995, lambda_=0.95, entropy_weight=0.001)
 
-and an optimiser's step on the losses' sum. The paper's: Adam, rate 1e-4, 64 segments, gradient norm clipped at 10.
-Actions are drawn from torch's global generator. [paper] is IRIS, [ours] is not. All defaults are the paper's.
+and an optimiser's step on the losses' sum. The paper's: Adam, rate 1e-4, N = 64, gradient norm clipped at 10. Actions
+are drawn from torch's global generator. [paper] is IRIS, [ours] is not. All defaults are the paper's.
 """
 import re
 from collections import OrderedDict
@@ -69,15 +67,13 @@ class ActorCritic(nn.Module):
             layers[f"pool{i}"], layers[f"relu{i}"] = nn.MaxPool2d(2), nn.ReLU()
             channels = width
         self.convolutions = nn.Sequential(layers)
-        side = 64 >> len(config.channels)  # 4
-        self.lstm = nn.LSTMCell(channels * side * side, config.lstm_width)
+        self.lstm = nn.LSTMCell(channels * (64 >> len(config.channels)) ** 2, config.lstm_width)  # 64 x 4 x 4 = 1024
         self.actor_linear = nn.Linear(config.lstm_width, num_actions)
         self.critic_linear = nn.Linear(config.lstm_width, 1)
 
     def initial_state(self, n: int) -> State:
         """The memory of n agents that have seen nothing."""
-        zeros = self.actor_linear.weight.new_zeros(n, self.config.lstm_width)
-        return zeros, zeros
+        return (self.actor_linear.weight.new_zeros(n, self.config.lstm_width),) * 2
 
     def features(self, frames: Tensor) -> Tensor:
         """Frames (N, 3, 64, 64) in [0, 1] -> the LSTM's input (N, 1024)."""
@@ -90,7 +86,7 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def warm_up(self, frames: Tensor, mask: Tensor) -> State:
-        """The memory after decoded frames (N, L, 3, 64, 64). Padding, mask (N, L) False, leaves the state unchanged."""
+        """The memory after decoded frames (N, L, 3, 64, 64). Where mask (N, L) is False, padding, the state stays."""
         n, length = mask.shape
         features = self.features(frames.flatten(0, 1)).unflatten(0, (n, length))  # (N, L, 1024)
         state = self.initial_state(n)
@@ -101,14 +97,14 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def fit_pixels(self, frames: Tensor) -> None:
-        """Takes mean and std from frames (N, 3, 64, 64) in [0, 1], once, before training [ours]. Otherwise small moving
-        objects are so small a part of the input that short training misses them."""
+        """Takes mean and std from real frames (N, 3, 64, 64) in [0, 1], once, before training [ours]. Without it, small
+        moving objects barely change the input, and short training misses them."""
         self.mean.copy_(frames.mean(dim=0))
-        self.std.copy_(frames.std(dim=0, correction=0) + 0.025)  # bounds the scale of a pixel that never changes
+        self.std.copy_(frames.std(dim=0, correction=0) + 0.025)  # not 0 for a pixel that never changes
 
 
 class Agent(nn.Module):
-    """The three models together: enough to play the real game, or to dream it."""
+    """The three models together."""
 
     def __init__(self, tokenizer: nn.Module, world_model: nn.Module, actor_critic: ActorCritic):
         super().__init__()
@@ -116,17 +112,15 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, frames: Tensor, state: State, temperature: float = 1.0) -> tuple[Tensor, State]:
-        """Frames (N, 3, 64, 64) in [0, 1] -> actions (N,) int64, and the next state.
+        """Frames (N, 3, 64, 64) in [0, 1] -> actions (N,) int64, and the next state. At temperature 0, the most likely.
 
-        The policy is trained on decoded frames, so real frames go through the tokenizer first. Actions are drawn from
-        softmax(logits / temperature); at 0 the most likely action is taken.
-        """
+        The policy is trained on decoded frames, so real frames go through the tokenizer first."""
         logits, _, state = self.actor_critic(self.tokenizer.reconstruct(frames), state)
         return logits.argmax(dim=1) if temperature == 0 else sample(logits / temperature), state
 
 
 def sample(logits: Tensor) -> Tensor:
-    """Logits (N, A) -> actions (N,). As `Categorical(logits=logits).sample()`, but nothing waits for a GPU."""
+    """Logits (N, A) -> actions (N,) drawn from their softmax: Gumbel-max, for `Categorical.sample` waits for a GPU."""
     return (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=1)
 
 
@@ -134,7 +128,6 @@ def sample(logits: Tensor) -> Tensor:
 @dataclass
 class Rollout:
     """N imagined episodes of L steps, (N, L) where nothing else is said. Logits and values carry gradients."""
-
     logits: Tensor  # (N, L, A)
     values: Tensor
     actions: Tensor  # int64
@@ -146,11 +139,11 @@ class Rollout:
 def imagine(actor_critic: ActorCritic, dream, frames: Tensor, state: State, horizon: int) -> Rollout:
     """Steps a dream `horizon` times, from frames (N, 3, 64, 64) on, with sampled actions [paper, section 2.3].
 
-    `dream.step(actions (N,), next_frame) -> frames (N, 3, 64, 64), rewards (N,), ends (N,) bool`, as in chapter 2; the
-    last step, with next_frame False, needs no frames. An end neither stops the dream nor resets the LSTM. Gradients run
-    through the LSTM's states. They stop at frames and actions: REINFORCE needs no derivative of samples.
+    `dream.step(actions (N,), next_frame)` returns frames (N, 3, 64, 64), rewards (N,) and ends (N,) bool, as in chapter
+    2; at the last step next_frame is False, and the frames may be None. An end neither stops the dream nor resets the
+    LSTM. Gradients run through the LSTM's states; frames and actions have none, and REINFORCE needs none.
     """
-    steps, seen = [], []
+    steps, seen, frames = [], [], frames.detach()
     for t in range(horizon):
         seen.append(frames)
         logits, values, state = actor_critic(frames, state)
@@ -158,22 +151,23 @@ def imagine(actor_critic: ActorCritic, dream, frames: Tensor, state: State, hori
             actions = sample(logits)
             frames, rewards, ends = dream.step(actions, next_frame=t + 1 < horizon)
         steps.append((logits, values, actions, rewards, ends))
-    return Rollout(*(torch.stack(column, dim=1) for column in zip(*steps, strict=True)), seen)
+    logits, values, actions, rewards, ends = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
+    return Rollout(logits, values, actions, rewards, ends, seen)
 
 
 def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, lambda_: float) -> Tensor:
     """Rewards, values and ends (N, L) -> lambda-returns (N, L) [paper, section 2.3; Sutton and Barto, section 12.1].
 
     R_t = r_t + gamma * (1 - end_t) * ((1 - lambda) * v_{t+1} + lambda * R_{t+1}), backwards from R_{L-1} = v_{L-1}: the
-    last value stands for the last reward and all that comes later. Lambda 0 gives r_t + gamma * v_{t+1}; lambda 1 gives
-    the discounted sum of all rewards and the last value. An example with gamma 0.5 and lambda 0.5:
+    last step's value is the bootstrap; its reward and end are not used. Lambda 0 gives r_t + gamma * v_{t+1}, lambda 1
+    the discounted sum of the rewards and the last value. An example with gamma 0.5 and lambda 0.5:
 
         step      0       1      2     3     4
         reward    0       1      0     0     1
         value     4       2      3     2     4
         end       no      no     yes   no    no
         return    0.9375  1.75   0     2     4      e.g. 1.75 = 1 + 0.5 * (0.5 * 3 + 0.5 * 0)
-        counted   yes     yes    yes   no*   no     in the losses; * yes if `after_end`
+        counted   yes     yes    yes   no*   no     in the losses; * yes with `after_end`
     """
     returns = [values[:, -1]]
     discount = gamma * (1 - ends.to(values.dtype))
@@ -191,31 +185,30 @@ def actor_critic_loss(
         value          mean of (v_t - R_t)^2; no gradient to R
         entropy_bonus  -entropy_weight * mean entropy of pi
 
-    The means are over the first L - 1 steps: the last one gives the returns their bootstrap value, so L is 2 or more
-    (ValueError). Steps after an imagined end are counted as well [paper's code]; with `after_end=False` not [ours].
+    The means are over the first L - 1 steps: a horizon of 20 is 19 steps that are trained, and the bootstrap. Steps
+    after an imagined end are counted as well [paper]; `after_end=False` drops them [ours]. ValueError if L is 1.
     """
     if rollout.rewards.shape[1] < 2:
-        raise ValueError("a rollout needs 2 steps or more: the last one is only the returns' bootstrap value")
+        raise ValueError("a rollout needs 2 steps or more: its last step is only the bootstrap")
     with torch.no_grad():
         returns = lambda_returns(rollout.rewards, rollout.values, rollout.ends, gamma, lambda_)[:, :-1]
         ended_before = rollout.ends.cumsum(dim=1) - rollout.ends.long() > 0  # (N, L): an end at an earlier step
-        counted = (after_end | ~ended_before).float()
+        counted = (ended_before.logical_not() | after_end)[:, :-1].float()  # (N, L - 1)
+        advantages = returns - rollout.values[:, :-1]
 
-    def mean(x: Tensor) -> Tensor:  # (N, L - 1) or (N, L) -> its mean over counted steps
-        weights = counted[:, : x.shape[1]]
-        return (x * weights).sum() / weights.sum()
+    def mean(x: Tensor) -> Tensor:  # (N, L - 1) -> its mean over counted steps
+        return (x * counted).sum() / counted.sum()
 
-    # validate_args would read from the device
     values, policy = rollout.values[:, :-1], Categorical(logits=rollout.logits[:, :-1], validate_args=False)
-    entropy = mean(policy.entropy())
+    entropy = mean(policy.entropy())  # validate_args would wait for a GPU
     losses = {
-        "policy": mean(-policy.log_prob(rollout.actions[:, :-1]) * (returns - values.detach())),
+        "policy": mean(-policy.log_prob(rollout.actions[:, :-1]) * advantages),
         "value": mean((values - returns).square()),
         "entropy_bonus": -entropy_weight * entropy,
     }
     metrics = {
         "entropy": entropy.detach(), "mean_value": mean(values.detach()), "mean_lambda_return": mean(returns),
-        "imagined_reward": mean(rollout.rewards), "imagined_end": mean(rollout.ends.float()),
+        "imagined_reward": mean(rollout.rewards[:, :-1]), "imagined_end": mean(rollout.ends[:, :-1].float()),
     }  # fmt: skip
     return losses, metrics
 
@@ -224,13 +217,12 @@ def actor_critic_loss(
 class FadingCatch:
     """Stands in for the dream: n games in which a ball falls through 8 rows and 4 columns, visible in rows 0 to 2 only.
     Actions 0, 1, 2 move the paddle in row 7 left, not at all, right. The episode ends when the ball arrives in row 7:
-    reward 1 on the paddle, -1 beside it."""
+    reward 1 on the paddle, -1 beside it. `past` (n, 3, 3, 64, 64) and `mask` are the 3 frames before the first."""
 
     def __init__(self, row: Tensor):
-        """Starts at rows (n,). `past` (n, 3, 3, 64, 64) holds the 3 frames before; `mask` is False before row 0."""
         self.row, self.column, self.paddle = row, torch.randint(4, row.shape), torch.randint(4, row.shape)
-        steps_back = torch.tensor([3, 2, 1])
-        self.past, self.mask = torch.stack([self.draw(row - k) for k in steps_back], dim=1), row[:, None] >= steps_back
+        self.past = torch.stack([self.draw(row - 3), self.draw(row - 2), self.draw(row - 1)], dim=1)
+        self.mask = row[:, None] >= torch.tensor([3, 2, 1])
 
     def draw(self, row: Tensor) -> Tensor:
         boards, n = torch.zeros(len(row), 3, 8, 4), torch.arange(len(row))
@@ -246,7 +238,7 @@ class FadingCatch:
 
 
 def lesson(updates: int = 350) -> None:
-    """Without memory, nobody can play from row 3: about -0.5 a game. With it, all balls can be caught: 1."""
+    """From row 3 the ball is hidden: without memory nobody has more than -0.5 a game, with it up to 1."""
     torch.manual_seed(0)
     actor_critic = ActorCritic(3, ActorCriticConfig(channels=(8, 8, 16, 16), lstm_width=64))
     optimizer = torch.optim.Adam(actor_critic.parameters(), lr=3e-3)
@@ -258,14 +250,13 @@ def lesson(updates: int = 350) -> None:
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-        if update % 30 == 0:
-            mean_return = rollout.rewards.sum(dim=1).mean()
-            print(f"update {update:4d}   mean return {mean_return:5.2f}   entropy {metrics['entropy']:.2f}", flush=True)
+        if update % 50 == 0:
+            print(f"update {update}  reward {rollout.rewards.sum(1).mean():.2f}  entropy {metrics['entropy']:.2f}")
     for name, warm in (("with", True), ("without", False)):
         game = FadingCatch(row=torch.full((1000,), 3))
         with torch.no_grad():
             state = actor_critic.warm_up(game.past, game.mask & warm)
-            rollout = imagine(actor_critic, game, game.draw(game.row), state, horizon=5)
+            rollout = imagine(actor_critic, game, game.draw(game.row), state, horizon=4)
         print(f"1000 games from row 3, the ball hidden, {name} warm_up: {rollout.rewards.sum(dim=1).mean():.2f} a game")
 
 
@@ -279,47 +270,40 @@ RENAMES = (  # published name -> ours: regular expressions, applied one after th
 
 
 def load_official_checkpoint(path: Path | str) -> Agent:
-    """A published checkpoint -> an Agent of the paper's sizes, on the CPU, in evaluation mode. Needs chapters 1 and 2.
-
-    Raises OSError, or ValueError, in one line, for a file that is no such checkpoint.
-    """
+    """A published checkpoint -> an Agent of the paper's sizes, on the CPU, in eval mode. Raises OSError, ValueError."""
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+        return official_agent(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, ImportError):
         raise
     except Exception as error:  # torch.load has many errors for files that are cut short or of another kind
-        raise ValueError(f"{path} is no file of weights: {type(error).__name__}") from error
-    return official_agent(weights)
+        raise ValueError(f"{path} is no published IRIS checkpoint: {' '.join(repr(error).split())}") from error
 
 
 def official_agent(weights: dict[str, Tensor]) -> Agent:
-    """The same for weights that have been read. What no layer needs, such as `tokenizer.lpips.*`, is ignored."""
+    """Published weights -> the Agent; what no layer needs, such as `tokenizer.lpips.*`, is ignored. Raises KeyError
+    for a missing weight and ValueError for one of another shape, both with its name."""
     from iris_tokenizer import Tokenizer, TokenizerConfig
     from iris_world_model import WorldModel, WorldModelConfig
 
-    try:
-        state = {}
-        for name, weight in weights.items():
-            for pattern, ours in RENAMES:
-                name = re.sub(pattern, ours, name)
-            state[name] = weight
-        for i in range(WorldModelConfig.layers):  # queries, keys and values are one layer here
-            attn = f"world_model.layers.{i}.attn"
-            for leaf in ("weight", "bias"):
-                parts = [state[f"{attn}.{part}.{leaf}"] for part in ("query", "key", "value")]
-                state[f"{attn}.qkv.{leaf}"] = torch.cat(parts)
-        tables = [state[f"world_model.embedder.embedding_tables.{i}.weight"] for i in (1, 0)]  # frame tokens, actions
-        state["world_model.embedding.weight"] = torch.cat(tables)
-        num_actions = len(state["actor_critic.actor_linear.weight"])
-        world_model = WorldModel(TokenizerConfig.vocab_size, num_actions, WorldModelConfig())
-        agent = Agent(Tokenizer(TokenizerConfig()), world_model, ActorCritic(num_actions)).eval()
-        for name, parameter in agent.named_parameters():
-            if state[name].shape != parameter.shape:
-                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
-            parameter.data.copy_(state[name])
-        return agent
-    except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:  # KeyError: a weight is missing
-        raise ValueError(f"no published IRIS checkpoint: {' '.join(str(error).split())}") from error
+    state = {}
+    for name, weight in weights.items():
+        for pattern, ours in RENAMES:
+            name = re.sub(pattern, ours, name)
+        state[name] = weight
+    for i in range(WorldModelConfig.layers):  # queries, keys and values are one layer here
+        for leaf in ("weight", "bias"):
+            parts = [state[f"world_model.layers.{i}.attn.{part}.{leaf}"] for part in ("query", "key", "value")]
+            state[f"world_model.layers.{i}.attn.qkv.{leaf}"] = torch.cat(parts)
+    tables = [state[f"world_model.embedder.embedding_tables.{i}.weight"] for i in (1, 0)]  # frame tokens, actions
+    state["world_model.embedding.weight"] = torch.cat(tables)
+    num_actions = len(state["actor_critic.actor_linear.weight"])
+    world_model = WorldModel(TokenizerConfig.vocab_size, num_actions, WorldModelConfig())
+    agent = Agent(Tokenizer(TokenizerConfig()), world_model, ActorCritic(num_actions)).eval()
+    for name, parameter in agent.named_parameters():
+        if state[name].shape != parameter.shape:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
+        parameter.data.copy_(state[name])
+    return agent
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ from torch import Tensor
 import iris_train
 from iris_agent import Agent, sample
 from iris_train import (
-    IrisError, checkpoint_path, choose_device, load_agent, make_env, play_test_episodes, to_model, to_stored, write_file,
+    IrisError, checkpoint_path, choose_device, load_agent, make_env, play_test_episodes, to_model, to_stored,
+    write_file,
 )  # fmt: skip
 from iris_world_model import Dream
 

@@ -166,9 +166,8 @@ def downsample(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 def upsample(channels_in: int, channels_out: int) -> nn.Sequential:
-    """(N, C, H, W) -> (N, C', 2H, 2W)."""
-    repeat = nn.Upsample(scale_factor=2.0, mode="nearest")
-    return nn.Sequential(OrderedDict(repeat=repeat, conv=conv3x3(channels_in, channels_out)))
+    """(N, C, H, W) -> (N, C', 2H, 2W), by repeating pixels and then a convolution."""
+    return nn.Sequential(OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=conv3x3(channels_in, channels_out)))
 
 
 def level_blocks(name: str, count: int, channels: int, attention: bool) -> dict[str, nn.Module]:
@@ -272,13 +271,12 @@ class Tokenizer(nn.Module):
         With `lpips` the reconstruction loss is the paper's; without, it is the pixel loss, which needs no downloaded
         network. `z` is `encoder_outputs(frames)`, from a caller that has it already (see `Codebook.revive`).
         """
-        config = self.config
-        z = self.encoder_outputs(frames) if z is None else z
-        codes, losses = self.codebook.quantize(z, config.commitment_weight if lpips else config.pixel_commitment_weight)
+        z, c = self.encoder_outputs(frames) if z is None else z, self.config
+        codes, losses = self.codebook.quantize(z, c.commitment_weight if lpips else c.pixel_commitment_weight)
         decoded = self.decoder_outputs(codes)
         if lpips:
             return losses | paper_loss(decoded, frames, lpips)
-        return losses | pixel_loss(decoded, frames, config.worst_values, config.worst_weight)
+        return losses | pixel_loss(decoded, frames, c.worst_values, c.worst_weight)
 
 
 def paper_loss(decoded: Tensor, frames: Tensor, lpips: "Lpips") -> dict[str, Tensor]:
@@ -343,8 +341,7 @@ LPIPS_FILES = {  # name in torch.hub's cache: (address, kind of hash, beginning 
 def load_lpips() -> Lpips:
     """LPIPS with its published weights, which are fetched into torch.hub's cache (TORCH_HOME) where they are missing.
 
-    Raises OSError, in one line with both addresses and the folder, if a file can't be fetched or is damaged; at the
-    latest when the network has not answered for 10 seconds.
+    Raises OSError, in one line, if a file can't be fetched or is damaged, or the network is silent for 10 seconds.
     """
     folder, timeout = Path(torch.hub.get_dir()) / "checkpoints", socket.getdefaulttimeout()
     try:
@@ -354,7 +351,8 @@ def load_lpips() -> Lpips:
             if not (folder / name).exists():
                 torch.hub.download_url_to_file(url, str(folder / name))
             if not hashlib.new(kind, (folder / name).read_bytes()).hexdigest().startswith(digest):
-                raise OSError(f"{name} is damaged (its {kind} does not begin with {digest}); delete it")
+                (folder / name).unlink()  # a download that broke off, or another file of that name
+                raise OSError(f"{name} was damaged (its {kind} did not begin with {digest}) and has been deleted")
         return Lpips(*(torch.load(folder / name, map_location="cpu", weights_only=True) for name in LPIPS_FILES))
     except OSError as error:
         files = " and ".join(f"{name} (from {url})" for name, (url, _, _) in LPIPS_FILES.items())
@@ -367,8 +365,8 @@ def load_lpips() -> Lpips:
 def build_local_encoder(config: TokenizerConfig) -> nn.Sequential:
     """(N, 3, 64, 64) -> (N, D, 4, 4) through one strided convolution a level: no norm, no attention, no blocks.
 
-    In the published encoder, group norms and attention let a moving ball change all 16 tokens. Here it changes those of
-    its own and the adjacent patches, which small world models, as in the lessons, learn to predict sooner.
+    In the published encoder, norms and attention let a moving ball change all 16 tokens. Here it changes those nearby,
+    which small world models, as in the lessons, learn to predict sooner.
     """
     layers: list[nn.Module] = [conv3x3(3, config.channels[0]), nn.SiLU()]
     for channels_in, channels_out in zip(config.channels, config.channels[1:]):
@@ -408,7 +406,7 @@ def play_catch(episodes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def train_small_tokenizer(frames: Tensor, steps: int) -> Tokenizer:
-    """Frames (M, 3, 64, 64) in [0, 1] -> a tokenizer trained on them, in evaluation mode. Prints its loss."""
+    """Frames (M, 3, 64, 64) in [0, 1] -> a tokenizer trained on them. Prints its losses."""
     tokenizer = Tokenizer(SMALL_TOKENIZER)
     tokenizer.fit_pixels(frames)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=1e-3)
@@ -422,7 +420,7 @@ def train_small_tokenizer(frames: Tensor, steps: int) -> Tokenizer:
         optimizer.step()
         if step % 100 == 0:
             print(f"tokenizer step {step:4d}   " + "   ".join(f"{k} {v.item():.5f}" for k, v in losses.items()))
-    return tokenizer.eval()
+    return tokenizer
 
 
 def labelled_rows(rows: dict[str, Tensor], path: Path, scale: int = 2) -> Tensor:
@@ -452,7 +450,7 @@ def lesson(steps: int = 500, out: Path = Path("runs/lessons/tokenizer.png")) -> 
     maps = F.interpolate(colours.permute(0, 3, 1, 2), scale_factor=16.0)  # (12, 3, 64, 64)
     labelled_rows({"frames": test[:12], "tokens (colours)": maps, "reconstructions": reconstructions[:12]}, out)
     background = train.median(dim=0).values
-    objects = ((test - background).abs() > 0.1) | ((reconstructions - background).abs() > 0.1)
+    objects = torch.maximum((test - background).abs(), (reconstructions - background).abs()) > 0.1
     errors = [(x - test).abs()[objects].mean().item() for x in (reconstructions, background)]
     print("{} codes in use. Mean error where ball and paddle are, or are decoded: {:.3f}; of the background alone it "
           "would be {:.3f}. Picture: {}".format(tokens.unique().numel(), *errors, out))  # fmt: skip

@@ -12,6 +12,7 @@ that memory peaks are its own, and takes the best of a few repetitions (dreams: 
 import dataclasses
 import json
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -29,18 +30,48 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from iris_agent import Agent, actor_critic_loss, imagine, official_names  # noqa: E402
-from iris_tokenizer import GroupNorm, to_model, to_stored  # noqa: E402
+from iris_agent import Agent, actor_critic_loss, imagine  # noqa: E402
 from iris_train import (  # noqa: E402
-    PRESETS, Args, Replay, build_agent, choose_device, keep_freed_memory, make_optimizers,
+    PRESETS, Args, Replay, build_agent, choose_device, keep_freed_memory, make_optimizers, to_model, to_stored,
 )  # fmt: skip
-from iris_world_model import Dream  # noqa: E402
+from iris_world_model import CompiledDream, Dream  # noqa: E402
 
 
 # --- the plain version -----------------------------------------------------------------------------------------------
+
+PUBLISHED = (  # our name -> the published one, as regular expressions, one after the other
+    (r"(down|up)_(\d)_(block|attn)_(\d)\.", r"\1.\2.\3.\4."), (r"(down|up)_(\d)_(\w+)sample\.", r"\1.\2.\3sample."),
+    (r"\.mid_", ".mid."), (r"quantization\.", "quant_conv."), (r"tokenizer\.codebook", "tokenizer.embedding"),
+    (r"world_model\.layers", "world_model.transformer.blocks"), (r"world_model\.ln_f", "world_model.transformer.ln_f"),
+    (r"position_embedding", "pos_emb"), (r"(head_\w+)\.", r"\1.head_module."),
+    (r"actor_critic\.convolutions\.", "actor_critic."),
+)  # fmt: skip
+
+
+def published_weights(agent: Agent) -> dict[str, Tensor]:
+    """The agent's weights under their published names, apart where we stack what is published apart. A local encoder,
+    which is not the paper's, has the names of those of the published one's layers that it has."""
+    vocab_size, levels = agent.tokenizer.config.vocab_size, len(agent.tokenizer.config.channels)
+    local = ["conv_in", *(f"down_{i}_downsample" for i in range(levels - 1)), "conv_out"]  # every other layer is a SiLU
+    weights = {}
+    for name, weight in agent.named_parameters():
+        if agent.tokenizer.config.local_encoder:
+            name = re.sub(r"encoder\.(\d+)", lambda match: f"encoder.{local[int(match[1]) // 2]}", name)
+        for pattern, theirs in PUBLISHED:
+            name = re.sub(pattern, theirs, name)
+        if name == "world_model.embedding.weight":
+            tables = zip((1, 0), weight.split([vocab_size, len(weight) - vocab_size]))  # frame tokens, actions
+            weights |= {f"world_model.embedder.embedding_tables.{i}.weight": table for i, table in tables}
+        elif ".qkv." in name:
+            parts = zip(("query", "key", "value"), weight.chunk(3))
+            weights |= {name.replace("qkv", part): rows for part, rows in parts}
+        else:
+            weights[name] = weight
+    return {name: weight.detach().clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}
 
 
 class Plain:
@@ -48,20 +79,9 @@ class Plain:
 
     def __init__(self, agent: Agent, requires_grad: bool = True):
         self.tokenizer, self.world_model = agent.tokenizer.config, agent.world_model.config
-        self.mean, self.std = agent.tokenizer.standardize.mean, agent.tokenizer.standardize.std
+        self.mean, self.std = agent.tokenizer.mean, agent.tokenizer.std
         self.vocab_size, self.actor_critic, self.training = agent.world_model.vocab_size, agent.actor_critic, True
-        names = official_names(self.tokenizer, agent.actor_critic.config, self.world_model.layers)
-        self.weights: dict[str, Tensor] = {}
-        for name, parameter in agent.named_parameters():
-            prefix, _, leaf = name.rpartition(".")
-            if name.startswith("world_model") and leaf == "weight" and "norm" not in name and "embedding" not in name:
-                parameter = parameter.t()
-            lengths = [len(parameter) // len(names[prefix])] * len(names[prefix])
-            if prefix == "world_model.embedding":
-                lengths = [self.vocab_size, len(parameter) - self.vocab_size]
-            for theirs, rows in zip(names[prefix], parameter.detach().split(lengths), strict=True):
-                rows = rows.clone(memory_format=torch.contiguous_format)
-                self.weights[f"{theirs}.{leaf}"] = rows.requires_grad_(requires_grad)
+        self.weights = {name: w.requires_grad_(requires_grad) for name, w in published_weights(agent).items()}
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
@@ -99,7 +119,7 @@ class Plain:
 
     def vectors(self, frames: Tensor) -> Tensor:
         """(N, 3, 64, 64) -> (N * K, D) float32."""
-        name, x = "tokenizer.encoder", (frames * 2 - 1 - self.mean) / self.std
+        name, x = "tokenizer.encoder", (frames - self.mean) / self.std
         x, local = self.conv(f"{name}.conv_in", x, padding=1), self.tokenizer.local_encoder
         for level, blocks in enumerate(self.tokenizer.blocks):
             x = F.silu(x) if local else self.level(f"{name}.down", level, blocks, x)
@@ -116,8 +136,8 @@ class Plain:
             squares = vectors.square().sum(1, keepdim=True) + codes.square().sum(1)
             return (squares - 2 * vectors @ codes.t()).argmin(dim=1)
 
-    def paint(self, codes: Tensor) -> Tensor:
-        """(N * K, D) -> (N, 3, 64, 64), about in [-1, 1]."""
+    def reconstructions(self, codes: Tensor) -> Tensor:
+        """(N * K, D) -> (N, 3, 64, 64), about in [0, 1]."""
         name, side = "tokenizer.decoder", math.isqrt(self.tokenizer.tokens_per_frame)
         x = codes.unflatten(0, (-1, side, side)).permute(0, 3, 1, 2).contiguous()
         x = self.middle(name, self.conv(f"{name}.conv_in", self.conv("tokenizer.post_quant_conv", x), padding=1))
@@ -135,12 +155,12 @@ class Plain:
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        return ((self.paint(self.weights["tokenizer.embedding.weight"][tokens.flatten()]) + 1) / 2).clamp(0, 1)
+        return self.reconstructions(self.weights["tokenizer.embedding.weight"][tokens.flatten()]).clamp(0, 1)
 
     def tokenizer_loss(self, frames: Tensor) -> Tensor:
         vectors = self.vectors(frames)
         codes = self.weights["tokenizer.embedding.weight"][self.nearest(vectors.detach())]
-        error = (self.paint(vectors + (codes - vectors).detach()) + 1) / 2 - frames
+        error = self.reconstructions(vectors + (codes - vectors).detach()) - frames
         worst = error.square().flatten(1).sort(dim=1).values[:, -self.tokenizer.worst_values :].mean()
         pixel = 0.1 * error.abs().mean() + error.square().mean() + self.tokenizer.worst_weight * worst
         commitment = F.mse_loss(vectors, codes.detach())
@@ -150,11 +170,11 @@ class Plain:
         return F.dropout(x, self.world_model.dropout, self.training)
 
     def transformer(self, tokens: Tensor, cache: list | None) -> Tensor:
-        """Tokens (N, T) behind what the cache holds, a pair of tensors a layer -> (N, T, width)."""
+        """Tokens (N, T) after what the cache holds, a pair of tensors a layer -> (N, T, width)."""
         n, t = tokens.shape
         config, w, start = self.world_model, self.weights, cache[0][0].shape[2] if cache and cache[0] else 0
         places = torch.arange(start, start + t, device=tokens.device)
-        acts = (places % config.block == config.tokens_per_frame)[:, None]  # (T, 1)
+        acts = (places % config.block_size == config.tokens_per_frame)[:, None]  # (T, 1)
         frame_table, action_table = (w[f"world_model.embedder.embedding_tables.{i}.weight"] for i in (1, 0))
         of_frames = frame_table[tokens.clamp(max=len(frame_table) - 1)]
         x = torch.where(acts, action_table[tokens.clamp(max=len(action_table) - 1)], of_frames)
@@ -217,7 +237,7 @@ class PlainDream:
         config, unread = self.plain.world_model, actions[:, None]
         self.read = torch.cat([self.read, unread], dim=1)
         if self.read.shape[1] + (config.tokens_per_frame if next_frame else 0) > config.max_tokens:  # read half again
-            unread = self.read = self.read[:, -(config.max_blocks // 2) * config.block :]
+            unread = self.read = self.read[:, -(config.max_blocks // 2) * config.block_size :]
             self.cache = [()] * config.layers
         x = self.plain.transformer(unread, self.cache)
         rewards, ends = draw(self.plain.head("rewards", x)).float() - 1, draw(self.plain.head("ends", x)).bool()
@@ -294,15 +314,13 @@ def measure(options: Options) -> dict:
     """One measurement, named `what/who/precision[/detail]`: seconds an item, GFLOP an item, peak memory."""
     what, who, precision, *detail = options.only.split("/")
     args = PRESETS[options.preset]
-    device = choose_device(Args(device=options.device))
+    device, _ = choose_device(Args(device=options.device))
     torch.manual_seed(0)
     if who not in ("plain", "returned"):
         keep_freed_memory()
     if what == "ceiling":
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         return {"gflops": ceiling(detail[0], dtype, device, args, options.repeat)}
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.fp32_precision = "ieee" if who == "plain" else "tf32"
     agent = build_agent(args, 4).to(device)
     torch.nn.init.normal_(agent.tokenizer.codebook.weight)  # so that tokens differ
     plain, ours = Plain(agent), who != "plain"
@@ -327,7 +345,12 @@ def measure(options: Options) -> dict:
 
         def run() -> None:
             with autocast():
-                loss = sum(agent.tokenizer.loss(frames).values()) if ours else plain.tokenizer_loss(frames)
+                if ours:
+                    z = agent.tokenizer.encoder_outputs(frames)
+                    agent.tokenizer.codebook.revive(z.detach(), args.tokenizer.revive_after)
+                    loss = sum(agent.tokenizer.loss(frames, z=z).values())
+                else:
+                    loss = plain.tokenizer_loss(frames)
             learn(loss, optimizers["tokenizer"] if ours else plain_optimizer)
 
     elif what in ("encode", "decode"):
@@ -359,7 +382,8 @@ def measure(options: Options) -> dict:
     elif what == "imagine":  # frames of a dream; the actions cost nothing
         n, horizon = (int(x) for x in detail)
         plain.training = False
-        dream = Dream(agent.tokenizer, agent.world_model, who == "compiled") if ours else PlainDream(plain)
+        kind = CompiledDream if who == "compiled" else Dream
+        dream = kind(agent.tokenizer, agent.world_model) if ours else PlainDream(plain)
         frames, actions = random_frames(n), torch.zeros(n, dtype=torch.int64, device=device)
 
         def run() -> None:
@@ -375,12 +399,12 @@ def measure(options: Options) -> dict:
         plain.training = False
         dream = Dream(agent.tokenizer, agent.world_model) if ours else PlainDream(plain)
         frames, first = random_frames(n, args.burn_in), random_frames(n)
-        painted, mask = to_stored(frames), torch.ones(n, args.burn_in, dtype=torch.bool, device=device)
+        decoded, mask = to_stored(frames), torch.ones(n, args.burn_in, dtype=torch.bool, device=device)
 
         def run() -> None:
             with autocast():
-                if ours:  # burn-in frames are painted once an epoch: see the epoch
-                    state = model.warm_up(to_model(painted), mask)
+                if ours:  # burn-in frames are decoded once an epoch: see the epoch
+                    state = model.warm_up(to_model(decoded), mask)
                 else:
                     state = model.initial_state(n)
                     with torch.no_grad():
@@ -390,17 +414,6 @@ def measure(options: Options) -> dict:
                 rollout = imagine(model, dream, dream.reset(first), state, args.horizon)
                 losses, _ = actor_critic_loss(rollout, args.gamma, args.lambda_, args.entropy_weight)
             learn(sum(losses.values()), optimizers["actor_critic"] if ours else plain_actor_optimizer)
-
-    elif what == "norm":  # forwards and backwards; who: whose backward
-        n = 16
-        norm = GroupNorm(32, 64, eps=1e-6) if ours else torch.nn.GroupNorm(32, 64, eps=1e-6)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        norm = (norm if ours else norm.to(dtype)).to(device)
-        x = torch.randn(n, 64, 64, 64, device=device, dtype=dtype)
-        x = x.to(memory_format=torch.channels_last).requires_grad_()
-
-        def run() -> None:
-            norm(x).sum().backward()
 
     elif what == "adam":  # a step of the world model's optimiser; who: fused or one operator for all weights of a kind
         n, optimizer = 1, optimizers["world_model"]
@@ -429,8 +442,12 @@ def measure(options: Options) -> dict:
                 replay.append(np.zeros((64, 64, 3), np.uint8), 0, 0.0, step % 100 == 99)
             replay.flush()
             rng = np.random.default_rng(0)
-            seconds = timed(lambda: replay.sample_frames(rng, args.tokenizer_batch_size, device), device, 10)
-            return {"seconds": seconds}
+
+            def draw() -> None:
+                indices, _ = replay.sample(rng, args.tokenizer_batch_size, 1, "start", args.draw)
+                replay.frames_at(indices[:, 0], device)
+
+            return {"seconds": timed(draw, device, 10)}
 
     elif what == "operators":
         plain.training = False
@@ -455,8 +472,12 @@ def measure(options: Options) -> dict:
 
 
 def operators(function) -> int:
-    """How many operators a call dispatches, views included, each taken apart into those it is made of."""
+    """How many operators of a call compute: each is taken apart into those it is made of, and those are not counted
+    whose output is a view of an input, or memory that nothing was written to. On a GPU each costs a launch or more."""
     count: Counter = Counter()
+
+    def places(x) -> set[int]:
+        return {t.untyped_storage().data_ptr() for t in tree_leaves(x) if isinstance(t, Tensor)}
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -464,8 +485,11 @@ def operators(function) -> int:
                 parts = function.decompose(*args, **(kwargs or {}))
             if parts is not NotImplemented:
                 return parts
-            count[str(function)] += 1
-            return function(*args, **(kwargs or {}))
+            output = function(*args, **(kwargs or {}))
+            is_view = places(output) and places(output) <= places((args, kwargs)) and not function._schema.is_mutable
+            if not is_view and "empty" not in str(function):
+                count[str(function)] += 1
+            return output
 
     with Watch():
         function()
@@ -537,7 +561,7 @@ def main(options: Options) -> None:
 
         phases = ("tokenizer", "world_model", "actor_critic")
         total = sum(getattr(args, f"{x}_steps") * getattr(args, f"{x}_batch_size") * cost(x) for x in phases)
-        if who == "ours":  # encode all frames once, and paint them once or whenever the LSTM is warmed up
+        if who == "ours":  # encode all frames once, and decode them once or whenever the LSTM is warmed up
             warmed_up = args.actor_critic_steps * args.actor_critic_batch_size * args.burn_in
             total += replay * cost("encode") + min(replay, warmed_up) * cost("decode")
         return total
@@ -551,8 +575,8 @@ def main(options: Options) -> None:
             print(f"| ours, {precision}, {replay:,} frames in replay | {seconds / 3600:.2f} | {seconds / plain:.0%} |")
 
     counts = [figure(f"operators/{who}")["operators"] for who in ("plain/fp32", "ours/fp32", "ours/bf16")]
-    print("\n| operators dispatched for a dreamed frame | plain | ours fp32 | ours bf16 |\n| --- | --- | --- | --- |")
-    print(f"| views included | {counts[0]:,} | {counts[1]:,} | {counts[2]:,} |")
+    print("\n| operators that compute | plain | ours fp32 | ours bf16 |\n| --- | --- | --- | --- |")
+    print(f"| a dreamed frame | {counts[0]:,} | {counts[1]:,} | {counts[2]:,} |")
 
     print("\n| imagined frames/s, ours | fp32 | bf16 |\n| --- | --- | --- |")
     h = args.horizon
@@ -563,8 +587,6 @@ def main(options: Options) -> None:
     print("\n| an idea alone, ms | without | with |\n| --- | --- | --- |")
     whole = f"/64/{args.horizon}"
     for text, without, with_it in (
-        ("group norm of a frame, the backward written out, fp32", "norm/plain/fp32", "norm/ours/fp32"),
-        ("the same, bf16", "norm/plain/bf16", "norm/ours/bf16"),
         ("tokenizer training, a frame, freed memory kept, fp32", "tokenizer/returned/fp32", "tokenizer/ours/fp32"),
         ("the same, bf16", "tokenizer/returned/bf16", "tokenizer/ours/bf16"),
         ("fused AdamW, a step of the world model", "adam/plain/fp32", "adam/ours/fp32"),

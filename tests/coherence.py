@@ -1,10 +1,10 @@
-"""How long does a dream stay with the real game? Measures what `iris_world_model.Dream` keeps when its stream is full.
+"""How long does a dream stay with the real game? Measures what `iris_world_model.Dream` keeps when its context is full.
 
     python tests/coherence.py --run-dir runs/...
 
 The agent plays real games. Dreams begin with the first frames of their segments and are given the same actions; each
 of their frames is held against the real one. Done twice on the same segments: once the project's way, which refills a
-full stream with the more recent half of its blocks, and once the published way, which flushes it to the last frame.
+full context with the latest half of its blocks, and once the published way, which flushes it to the last frame.
 The error is that of the pixels that move, those that differ from the median frame by over 0.1 in either picture: a
 dream whose ball is elsewhere is wrong at both places.
 """
@@ -20,8 +20,7 @@ import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from iris_tokenizer import IrisError, to_model, to_stored
-from iris_train import checkpoint_path, load_agent, play_test_episodes
+from iris_train import IrisError, checkpoint_path, load_agent, play_test_episodes, to_model, to_stored
 from iris_world_model import Dream
 
 
@@ -43,15 +42,15 @@ def measure(args: Args) -> dict:
     torch.manual_seed(args.seed)
     agent, train_args = load_agent(checkpoint_path(args.run_dir))
     settings = replace(train_args, test_episodes=args.games, test_envs=args.games, test_temperature=args.temperature)
-    games = play_test_episodes(agent, settings, torch.device("cpu"), args.seed)
+    games = [game["steps"] for game in play_test_episodes(agent, settings, torch.device("cpu"), args.seed)]
     length, rng = args.given + args.steps, np.random.default_rng(args.seed)
-    long_enough = [game for game in games if len(game["frames"]) > length]
+    long_enough = [game for game in games if len(game) > length]
     if not long_enough:
         raise IrisError(f"no game lasted {length} steps: measure fewer --steps")
     frames, actions = [], []
     for number in range(args.segments):
         game = long_enough[number % len(long_enough)]
-        start = int(rng.integers(len(game["frames"]) - length))
+        start = int(rng.integers(len(game) - length))
         frames.append(to_model(torch.from_numpy(game["frames"][start : start + length])))
         actions.append(torch.from_numpy(game["actions"][start : start + length]))
     frames, actions = torch.stack(frames), torch.stack(actions)  # (N, L, 3, 64, 64), (N, L)
@@ -65,7 +64,7 @@ def measure(args: Args) -> dict:
         return difference.sum((1, 2)) / moves.sum((1, 2)).clamp(min=1)
 
     tokens = torch.stack([agent.tokenizer.encode(segment) for segment in frames])  # (N, L, K)
-    dream, vocabulary = Dream(agent.tokenizer, agent.world_model), agent.world_model.vocab_size
+    dream = Dream(agent.tokenizer, agent.world_model)
     ways = {"refill": dream.kept_blocks, "flush": 1}
     errors = {"reconstruction": torch.stack(
         [error(agent.tokenizer.decode(tokens[:, t]), frames[:, t]) for t in range(args.given, length)], dim=1
@@ -73,8 +72,8 @@ def measure(args: Args) -> dict:
     for way, dream.kept_blocks in ways.items():
         torch.manual_seed(args.seed)
         dream.reset_from_tokens(tokens[:, args.given - 1])
-        past = torch.cat([tokens, actions[..., None] + vocabulary], dim=2)[:, : args.given - 1]  # real steps so far
-        dream.stream = torch.cat([past.flatten(1), tokens[:, args.given - 1]], dim=1)
+        past = torch.cat([tokens, actions[..., None]], dim=2)[:, : args.given - 1]  # real steps so far
+        dream.context = torch.cat([past.flatten(1), tokens[:, args.given - 1]], dim=1)
         dreamed = [dream.step(actions[:, t - 1])[0] for t in range(args.given, length)]
         if way == "refill" and args.animation:
             real = to_stored(frames[:4, args.given :])  # (4, steps, 64, 64, 3)
@@ -91,9 +90,9 @@ def measure(args: Args) -> dict:
     for blocks in (*ways.values(), result["blocks"] - 1):
         losses = []
         for stop in range(result["blocks"], length - 1, result["blocks"]):
-            text = torch.cat([tokens, actions[..., None]], dim=2)[:, stop - blocks : stop + 1].flatten(1)[:, :-1]
-            logits = agent.world_model(text).observation_logits[:, -k:]  # the 16th token predicts nothing
-            losses.append(F.cross_entropy(logits.flatten(0, 1), text[:, -k:].flatten()))
+            text = torch.cat([tokens, actions[..., None]], dim=2)[:, stop - blocks : stop + 1].flatten(1)
+            logits = agent.world_model(text).observation_logits[:, -k - 1 : -1]  # the last one is of the frame after
+            losses.append(F.cross_entropy(logits.flatten(0, 1), tokens[:, stop].flatten()))
         result["nats"][blocks] = torch.stack(losses).mean().item()
     for way, values in errors.items():
         lost = torch.cat([values > limit, torch.ones(len(values), 1, dtype=torch.bool)], dim=1).float().argmax(dim=1)

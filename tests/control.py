@@ -19,8 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from iris_agent import ActorCritic, actor_critic_loss, imagine, lambda_returns
-from iris_tokenizer import to_model
-from iris_train import PRESETS, choose_bf16, keep_freed_memory, make_env
+from iris_train import PRESETS, choose_device, keep_freed_memory, make_env, to_model
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Options:
     games: int = 32  # Games played side by side
     horizon: int = 10  # Steps of an update; half a dream's do, for the next update goes on from where this one stopped
     burn_in: int = 5  # Frames that warm up the LSTM before each
-    standardize: bool = PRESETS["laptop"].actor_critic.standardize  # Look at standardised frames
+    standardize: bool = PRESETS["laptop"].actor_critic.standardize  # Scale each pixel by its own mean and deviation
     seed: int = 0  # Seed of everything random
 
 
@@ -70,25 +69,23 @@ class TrueGames:
 
 
 def main(options: Options) -> None:
-    args = PRESETS["laptop"]
+    args = replace(PRESETS["laptop"], device="cpu")
+    _, bf16 = choose_device(args)
     torch.manual_seed(options.seed)
     keep_freed_memory()
-    n, device = options.games, torch.device("cpu")
-    games = TrueGames(options.env_id, n, options.burn_in)
+    n, games = options.games, TrueGames(options.env_id, options.games, options.burn_in)
     num_actions = int(games.envs[0].action_space.n)
     actor_critic = ActorCritic(num_actions, replace(args.actor_critic, standardize=options.standardize))
     if options.standardize:
         seen = [games.step(torch.randint(num_actions, (n,)))[0] for _ in range(100)]
-        actor_critic.standardize.fit(torch.cat(seen))
+        actor_critic.fit_pixels(torch.cat(seen))
     optimizer = torch.optim.Adam(actor_critic.parameters(), lr=args.actor_critic_learning_rate)
     began, columns = time.perf_counter(), defaultdict(list)
     for update in range(1, options.updates + 1):
-        with torch.autocast("cpu", torch.bfloat16, enabled=choose_bf16(args, device)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             state = actor_critic.warm_up(*games.before())
             rollout = imagine(actor_critic, games, games.frames[-1], state, options.horizon)
-            losses, metrics = actor_critic_loss(
-                rollout, args.gamma, args.lambda_, args.entropy_weight, args.behind_ends
-            )
+            losses, metrics = actor_critic_loss(rollout, args.gamma, args.lambda_, args.entropy_weight, args.after_end)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(actor_critic.parameters(), args.max_grad_norm)
@@ -105,7 +102,7 @@ def main(options: Options) -> None:
                 f"update {update}  steps {update * n * options.horizon}  games {len(games.returns)}  "
                 f"return of the last 40 {np.mean(games.returns[-40:]):.2f}  "
                 f"reward a step {np.mean(columns['imagined_reward'][-50:]):.4f}  "
-                f"entropy {recent['policy_entropy']:.3f}  returns not foreseen by the value {recent['unforeseen']:.0%}  "
+                f"entropy {recent['entropy']:.3f}  returns not foreseen by the value {recent['unforeseen']:.0%}  "
                 f"{time.perf_counter() - began:.0f} s",
                 flush=True,
             )

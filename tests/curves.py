@@ -30,8 +30,13 @@ def read(folder: str) -> dict:
     """A run -> its game, seed and precision, and (epoch, environment steps, mean test return) of each evaluation."""
     args = json.loads((Path(folder) / "args.json").read_text())
     events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
-    played = {event.step: int(event.value) for event in events.Scalars("environment_steps")}
-    points = [(event.step, played[event.step], round(event.value, 4)) for event in events.Scalars("test/return")]
+    # TensorBoard's step is the environment's, of which an epoch after the last that plays has as many as the one before.
+    # An epoch logs its number first, so an evaluation is of the epoch that was logged last before it.
+    epochs, points = events.Scalars("charts/epoch"), {}
+    for event in events.Scalars("eval/episodic_return"):
+        latest = max((x for x in epochs if x.wall_time <= event.wall_time), key=lambda x: x.wall_time)
+        points[int(latest.value)] = (event.step, round(event.value, 4))  # of an epoch that was played twice, the second
+    points = [(epoch, *point) for epoch, point in sorted(points.items())]
     return {"game": args["env_id"], "seed": args["seed"], "precision": args["precision"], "points": points}
 
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from iris_agent import Agent
-from iris_tokenizer import IrisError
-from iris_train import Args, load_agent, play_test_episodes
+from iris_train import Args, IrisError, load_agent, play_test_episodes
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Blind:
 
     def __init__(self, agent: Agent, games: list[dict], num_actions: int):
         self.actor_critic = agent.actor_critic  # for the LSTM's shape
-        taken = np.concatenate([game["actions"] for game in games])
+        taken = np.concatenate([game["steps"]["actions"] for game in games])
         self.frequencies = torch.from_numpy(np.bincount(taken, minlength=num_actions) / len(taken))
 
     def act(self, frames: Tensor, state: tuple, temperature: float) -> tuple[Tensor, tuple]:

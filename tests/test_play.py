@@ -23,9 +23,8 @@ from PIL import Image
 
 import iris_play
 import reference
-from iris_play import AgentPlayer, DreamedGame, Game, Person, RecordedEpisodes, View, paint
-from iris_tokenizer import IrisError, to_model, to_stored
-from iris_train import load_agent, make_env
+from iris_play import AgentPlayer, DreamedGame, Game, Person, RecordedEpisodes, View, human_normalised, paint
+from iris_train import IrisError, load_agent, make_env, to_model, to_stored
 from test_command_line import ROOT, assert_one_clear_line, environment, heard, train
 from test_train import FAST
 
@@ -64,7 +63,7 @@ def breakout(tmp_path_factory):
     result = train(*FAST, *flags)
     assert result.returncode == 0, result.stderr
     content = torch.load(folder / "checkpoint.pt", weights_only=True)
-    content["agent"]["world_model.end_head.2.bias"].copy_(torch.tensor([100.0, 0.0]))  # a dream without an end
+    content["agent"]["world_model.head_ends.2.bias"].copy_(torch.tensor([100.0, 0.0]))  # a dream without an end
     torch.save(content, folder / "checkpoint.pt")
     return folder
 
@@ -75,8 +74,8 @@ def counter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("counter") / "run"
     assert train(*FAST, "--env-id", "tests.games:Counter-v0", "--epochs", 1, "--run-dir", folder).returncode == 0
     content = torch.load(folder / "checkpoint.pt", weights_only=True)
-    content["agent"]["actor_critic.actor.weight"].zero_()
-    content["agent"]["actor_critic.actor.bias"].copy_(torch.tensor([0.0, 0.0, 100.0]))
+    content["agent"]["actor_critic.actor_linear.weight"].zero_()
+    content["agent"]["actor_critic.actor_linear.bias"].copy_(torch.tensor([0.0, 0.0, 100.0]))
     torch.save(content, folder / "checkpoint.pt")
     return folder
 
@@ -85,7 +84,9 @@ def counter(tmp_path_factory):
 def published(tmp_path_factory):
     """A checkpoint in the published format."""
     path = tmp_path_factory.mktemp("published") / "Breakout.pt"
-    torch.save(reference.official_state_dict(4), path)
+    weights = reference.official_state_dict(4)
+    weights["world_model.head_ends.head_module.2.bias"] = torch.tensor([100.0, 0.0])  # a dream without an end
+    torch.save(weights, path)
     return path
 
 
@@ -115,8 +116,8 @@ def test_a_game_with_fewer_actions_leaves_keys_out_that_it_has_no_action_for():
 
 def test_agent_player_follows_its_policy_at_the_temperature(breakout):
     agent, _ = load_agent(breakout)
-    agent.actor_critic.actor.weight.data.zero_()
-    agent.actor_critic.actor.bias.data.copy_(torch.tensor([0.0, 1.0, 2.0, 0.0]))
+    agent.actor_critic.actor_linear.weight.data.zero_()
+    agent.actor_critic.actor_linear.bias.data.copy_(torch.tensor([0.0, 1.0, 2.0, 0.0]))
     view = View([], np.zeros((64, 64, 3), np.uint8), torch.rand(1, 3, 64, 64))
     torch.manual_seed(0)
     for temperature in (0.0, 0.5, float("inf")):
@@ -373,6 +374,11 @@ def test_evaluation_prints_the_statistics_of_a_policy_whose_score_is_known(count
     assert re.search(rf"mean +{np.mean(returns):.2f}", result.stdout) and kept["human_normalised"] is None
 
 
+def test_human_normalised_score_is_0_for_random_and_1_for_human_play():
+    assert human_normalised("BreakoutNoFrameskip-v4", 1.7) == 0 and human_normalised("BreakoutNoFrameskip-v4", 30.5) == 1
+    assert human_normalised("ALE/Pong-v5", 14.6) == 1 and human_normalised("Counter-v0", 3) is None
+
+
 def test_evaluation_sets_an_atari_score_beside_a_humans_and_the_papers(breakout, tmp_path):
     result = play("--run-dir", breakout, "--evaluate", 2, "--temperature", "inf", "--json", tmp_path / "score.json")
     kept = json.loads((tmp_path / "score.json").read_text())
@@ -428,7 +434,7 @@ def test_without_arguments_the_newest_run_is_taken(breakout, counter, tmp_path):
         (["--run-dir", "{run}", "--human", "--world-model"], "--human and --world-model don't go together"),
         (["--run-dir", "{run}", "--checkpoint", "x.pt"], "--checkpoint and --run-dir don't go together"),
         (["--checkpoint", "{published}", "--episodes", "--web"], "there are no recorded episodes in"),
-        (["--pretrained", "Brekout"], "did you mean BreakoutNoFrameskip-v4"),
+        (["--pretrained", "Brekout"], "Did you mean: `BreakoutNoFrameskip`"),
         (["--pretrained", "Breakout"], r"put Breakout.pt \(from https.*Breakout.pt\) into .*checkpoints/iris"),
         (["--fps", "0"], "--fps 0.0 is out of range"),
     ],

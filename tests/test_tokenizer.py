@@ -367,7 +367,7 @@ def test_lpips_file_with_a_wrong_hash_is_refused_by_name(weight_server):
     load_lpips()
     path = folder / "hub/checkpoints/lpips_v0.1_vgg.pth"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(OSError, match="lpips_v0.1_vgg.pth is damaged"):
+    with pytest.raises(OSError, match="lpips_v0.1_vgg.pth was damaged"):
         load_lpips()
 
 
@@ -387,7 +387,7 @@ def test_an_lpips_download_that_breaks_off_is_no_lpips(weight_server, monkeypatc
     path = folder / "served/vgg16-397923af.pth"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(OSError, match="vgg16-397923af.pth is damaged"):
+    with pytest.raises(OSError, match="vgg16-397923af.pth was damaged"):
         load_lpips()
 
 
