@@ -11,7 +11,7 @@ lacks does not exist for the agent: if the ball is missing here, no policy will 
        v                                                                              |
     vectors z (16, 512)  --- nearest of 512 codes --->  tokens (16,)  --- look-up --->  codes (16, 512)
 
-    gradient:  reconstruction loss -> decoder -> (straight-through) -> z -> encoder; codes have a loss of their own
+    gradient:  reconstruction loss -> decoder -> (straight-through) -> z -> encoder; the codebook loss alone moves codes
 
 Run it:    python iris_tokenizer.py     (under a minute on a laptop; opencv-python writes its picture)
 Reuse it:  copy this file; it needs torch only.
@@ -43,20 +43,20 @@ FRAME_SIZE = 64  # pixels of a frame, in height and in width
 
 @dataclass
 class TokenizerConfig:
-    """Sizes and loss weights of the tokenizer. The defaults are the published configuration's."""
+    """Sizes and loss weights of the tokenizer. The defaults are the published ones; what is [ours] is off."""
 
     vocab_size: int = 512  # Number of codes, V
     code_dim: int = 512  # Width of a code and of the encoder's outputs, D
-    channels: tuple[int, ...] = (64, 64, 64, 64, 64)  # Of each level; a level has half the height and width of the last
-    blocks: tuple[int, ...] = (2, 2, 2, 2, 2)  # Residual blocks of each encoder level; the decoder adds one, not to 0
+    channels: tuple[int, ...] = (64, 64, 64, 64, 64)  # Width of each level; a level has half the resolution of the last
+    blocks: tuple[int, ...] = (2, 2, 2, 2, 2)  # Residual blocks of each encoder level; the decoder has one more, or 0
     attention_at: tuple[int, ...] = (16, 8)  # Resolutions, in pixels, at which self-attention follows each block
-    commitment_weight: float = 1.0  # Of the commitment term beside the perceptual loss
-    pixel_commitment_weight: float = 0.02  # Of the commitment term beside the pixel loss [Delta-IRIS]
+    commitment_weight: float = 1.0  # Of the commitment loss, with the perceptual loss
+    pixel_commitment_weight: float = 0.02  # Of the commitment loss, with the pixel loss [Delta-IRIS]
     worst_values: int = 1  # Pixel loss: how many of a frame's 12,288 squared errors, the largest, weigh extra
     worst_weight: float = 0.01  # Pixel loss: weight of their mean [Delta-IRIS]
-    revive_after: int = 50  # Batches without use after which a training loop moves a code, see `Codebook.revive` [ours]
+    revive_after: int = 50  # A training loop moves codes that more batches did not use (`Codebook.revive`) [ours]
     local_encoder: bool = False  # Strided convolutions alone, so that a moving object changes nearby tokens only [ours]
-    standardize: bool = False  # A training loop calls `Tokenizer.fit_pixels` before the first step [ours]
+    standardize: bool = False  # A training loop calls `fit_pixels` before its first step [ours]
 
     @property
     def tokens_per_frame(self) -> int:
@@ -106,7 +106,7 @@ class Codebook(nn.Embedding):
         self.unused_for.add_(1).index_fill_(0, tokens, 0)
         unused = self.unused_for > after  # (V,)
         distances = (z - self(tokens)).square().sum(dim=1) + 1e-12  # (M,)
-        distances = distances.nan_to_num(nan=1.0, posinf=1.0)  # multinomial rejects NaN; the loss is to show divergence
+        distances = distances.nan_to_num(nan=1.0, posinf=1.0)  # multinomial rejects NaN, which the loss is to show
         # V places are drawn though few are needed: with fixed shapes, no step waits for a GPU.
         places = z[torch.multinomial(distances, len(self.weight), replacement=True)]  # (V, D)
         self.weight.copy_(torch.where(unused[:, None], places, self.weight))
@@ -119,7 +119,7 @@ def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
 
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups, in float32: CUDA's autocast does that by itself, the CPU's does not."""
+    """At most 32 groups, in float32: CUDA's autocast does that by itself, the CPU's does not."""
 
     def __init__(self, channels: int):
         super().__init__(num_groups=min(32, channels), num_channels=channels, eps=1e-6)
@@ -189,7 +189,7 @@ def out_layers(channels_in: int, channels_out: int) -> dict[str, nn.Module]:
 
 
 def build_encoder(config: TokenizerConfig) -> nn.Sequential:
-    """(N, 3, 64, 64) in [-1, 1] -> (N, D, 4, 4)."""
+    """Scaled frames (N, 3, 64, 64), in [-1, 1] unless `fit_pixels` was called -> (N, D, 4, 4)."""
     channels = config.channels
     layers: dict[str, nn.Module] = {"conv_in": conv3x3(3, channels[0])}
     for level, (width, blocks) in enumerate(zip(channels, config.blocks, strict=True)):
@@ -200,7 +200,7 @@ def build_encoder(config: TokenizerConfig) -> nn.Sequential:
 
 
 def build_decoder(config: TokenizerConfig) -> nn.Sequential:
-    """(N, D, 4, 4) -> (N, 3, 64, 64), about in [-1, 1]. The encoder's mirror image, one block a level richer."""
+    """(N, D, 4, 4) -> scaled frames (N, 3, 64, 64). The encoder's mirror image, one block a level richer."""
     channels = config.channels
     layers: dict[str, nn.Module] = {"conv_in": conv3x3(config.code_dim, channels[-1])} | mid_layers(channels[-1])
     for level, (width, blocks) in reversed(list(enumerate(zip(channels, config.blocks, strict=True)))):
@@ -260,7 +260,7 @@ class Tokenizer(nn.Module):
     def fit_pixels(self, frames: Tensor) -> None:
         """Takes mean and std of each pixel from frames (N, 3, 64, 64) in [0, 1], once, before training [ours].
 
-        Most pixels hardly change. Divided by their std, those that do are most of what the encoder sees.
+        Most pixels hardly change. Divided by their std, those that do are most of what is encoded and decoded.
         """
         self.mean.copy_(frames.mean(dim=0))
         self.std.copy_(frames.std(dim=0, correction=0) + 0.025)  # bounds the scale of a pixel that never changes
@@ -393,7 +393,7 @@ def draw_catch(row: Tensor, column: Tensor, paddle: Tensor) -> Tensor:
 def play_catch(episodes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Random play: frames (E, 7, 3, 64, 64), actions (0 left, 1 stay, 2 right), rewards and ends (E, 7), for chapter 2.
 
-    The ball falls a row a step from a random column. The episode ends when it arrives: +1 on the paddle, -1 beside it.
+    The ball falls a row a step. When it arrives in row 7, which no frame shows, the episode ends: +1 on the paddle, or -1.
     """
     column, paddle = torch.randint(8, (episodes,)), torch.full((episodes,), 4)
     frames, actions = [], torch.randint(3, (episodes, 7))
@@ -408,12 +408,12 @@ def play_catch(episodes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def train_small_tokenizer(frames: Tensor, steps: int) -> Tokenizer:
     """Frames (M, 3, 64, 64) in [0, 1] -> a tokenizer trained on them. Prints its losses."""
     tokenizer = Tokenizer(SMALL_TOKENIZER)
-    tokenizer.fit_pixels(frames)
+    tokenizer.fit_pixels(frames)  # for SMALL_TOKENIZER.standardize is True
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=1e-3)
     for step in range(1, steps + 1):
         batch = frames[torch.randint(len(frames), (16,))]
         z = tokenizer.encoder_outputs(batch)
-        tokenizer.codebook.revive(z.detach(), after=50)
+        tokenizer.codebook.revive(z, tokenizer.config.revive_after)
         losses = tokenizer.loss(batch, z=z)
         optimizer.zero_grad()
         sum(losses.values()).backward()

@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
 from iris_agent import ActorCritic, ActorCriticConfig, Agent, Rollout, actor_critic_loss, imagine, official_agent
@@ -84,12 +85,10 @@ class Args:
     collect_hold: int = 1
     noop_max: int = 30  # Training games start with 1 to so many no-ops
     max_frames: int = 20_000  # Frames after which a training game is cut off; raw ones in an Atari game
-    # What all phases draw uniformly from the replay: episodes, of whatever length [paper], or steps [ours]
-    draw: Literal["episodes", "steps"] = "episodes"
+    draw: Literal["episodes", "steps"] = "episodes"  # Uniform draws of the replay's episodes [paper] or steps [ours]
 
     tokenizer_from: int = 6  # First epoch that trains the tokenizer
-    # [ours] Last epoch that trains the tokenizer; its learning rate falls over the second half. 0 is no last epoch
-    tokenizer_until: int = 0
+    tokenizer_until: int = 0  # [ours] Last epoch that trains it; the learning rate falls in the second half; 0 is none
     tokenizer_steps: int = 200  # Optimiser steps an epoch
     tokenizer_batch_size: int = 256  # Frames a step
     tokenizer_learning_rate: float = 1e-4  # Learning rate of Adam
@@ -128,14 +127,13 @@ PRESETS = {
     # [ours] Two to three hours on a CPU. Convolutions at 64x64 pixels cost the most, so few are left. Context and
     # horizon are the paper's: Breakout ends a life six frames after the ball was last seen.
     "laptop": Args(
-        preset="laptop",
-        epochs=60, collect_epochs=50, collect_steps=2000, max_frames=10_000, draw="steps", test_max_frames=10_000,
-        tokenizer_from=3, tokenizer_steps=500, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
-        tokenizer_until=14,
-        world_model_from=13, world_model_steps=1000, world_model_batch_size=4, world_model_learning_rate=5e-4,
-        actor_critic_from=18, actor_critic_steps=100, actor_critic_batch_size=16, actor_critic_learning_rate=1e-3,
+        preset="laptop", epochs=60, collect_epochs=50, collect_steps=2000, max_frames=10_000, draw="steps",
+        tokenizer_from=3, tokenizer_until=14, tokenizer_steps=500, tokenizer_batch_size=16,
+        world_model_from=13, world_model_steps=1000, world_model_batch_size=4,
+        actor_critic_from=18, actor_critic_steps=100, actor_critic_batch_size=16,
+        tokenizer_learning_rate=1e-3, world_model_learning_rate=5e-4, actor_critic_learning_rate=1e-3,
         burn_in=10, entropy_weight=0.003, gamma=0.99, after_end=False,
-        eval_every=10, test_episodes=8,
+        eval_every=10, test_episodes=8, test_max_frames=10_000,
         tokenizer=TokenizerConfig(
             code_dim=64, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 1, 1), attention_at=(),
             local_encoder=True, worst_values=12, worst_weight=0.1, standardize=True,
@@ -145,14 +143,11 @@ PRESETS = {
     ),
     # [ours] The whole algorithm on the game of tests/catch.py, in about a quarter of an hour on a CPU.
     "catch": Args(
-        preset="catch", env_id="tests.catch:Catch-v0",
-        epochs=28, collect_epochs=28, collect_steps=200, max_frames=10_000,
-        tokenizer_from=3, tokenizer_steps=100, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
-        tokenizer_until=14,
-        world_model_from=9, world_model_steps=200, world_model_batch_size=32, world_model_learning_rate=1e-3,
-        actor_critic_from=13, actor_critic_steps=50, actor_critic_batch_size=64, actor_critic_learning_rate=1e-3,
-        horizon=8, burn_in=2, entropy_weight=0.02, after_end=False, gamma=0.99,
-        eval_every=5, test_episodes=40, test_envs=40,
+        preset="catch", env_id="tests.catch:Catch-v0", epochs=28, collect_epochs=28, max_frames=10_000,
+        tokenizer_from=3, tokenizer_until=14, tokenizer_steps=100, tokenizer_batch_size=16,
+        world_model_from=9, world_model_batch_size=32, actor_critic_from=13, actor_critic_steps=50,
+        tokenizer_learning_rate=1e-3, world_model_learning_rate=1e-3, actor_critic_learning_rate=1e-3,
+        horizon=8, burn_in=2, entropy_weight=0.02, after_end=False, gamma=0.99, test_episodes=40, test_envs=40,
         tokenizer=TokenizerConfig(
             vocab_size=64, code_dim=32, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 0, 1), attention_at=(),
             local_encoder=True, standardize=True,
@@ -168,11 +163,8 @@ FRAME_SPACE = gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
 
 
 def resize_frame(image: np.ndarray) -> np.ndarray:
-    """Image (H, W, 3) uint8 -> frame (64, 64, 3) uint8, by antialiased bilinear interpolation.
-
-    Published agents were trained on Pillow's resize, from which this differs by one level of 255 at most. The area
-    resize of gymnasium's AtariPreprocessing differs by up to 90, just where Breakout's ball is.
-    """
+    """Image (H, W, 3) uint8 -> frame (64, 64, 3) uint8. Published agents saw Pillow's resize: this differs by one level
+    of 255 at most, and the area resize of gymnasium's AtariPreprocessing by up to 90, just where Breakout's ball is."""
     x = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W)
     x = F.interpolate(x, size=(FRAME_SIZE, FRAME_SIZE), mode="bilinear", antialias=True)
     return x[0].permute(1, 2, 0).contiguous().numpy()
@@ -190,12 +182,9 @@ def to_stored(frames: Tensor) -> Tensor:
 
 class AtariFrames(gym.Wrapper):
     """A `...NoFrameskip-v4` game as IRIS sees it. An action lasts 4 raw frames; the observation is the maximum of the
-    last two, each resized first (some objects are drawn in every other raw frame only).
-
-    With `life_loss_ends` a lost life terminates the episode, but not the game: `info["life_lost"]` is True, and a
-    `reset()` without a seed goes on with one no-op step. `reset(seed=...)` always starts a new game. `screen` is the
-    latest image in full size, (210, 160, 3) uint8.
-    """
+    last two, each resized first (some objects are drawn in every other raw frame only). With `life_loss_ends` a lost
+    life terminates the episode, but not the game: `info["life_lost"]` is True, and `reset()` goes on with one no-op
+    step. `reset(seed=...)` always starts a new game. `screen` is the latest image, (210, 160, 3) uint8."""
 
     def __init__(self, env: gym.Env, noop_max: int, life_loss_ends: bool):
         super().__init__(env)
@@ -235,9 +224,7 @@ class AtariFrames(gym.Wrapper):
 class ResizedFrames(gym.ObservationWrapper):
     """Any other game: images (H, W[, 1 or 3]) uint8 become frames. `screen` is the latest image, (H, W, 3)."""
 
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.observation_space = FRAME_SPACE
+    observation_space = FRAME_SPACE
 
     def observation(self, image: np.ndarray) -> np.ndarray:
         image = image.reshape(*image.shape[:2], -1)  # (H, W, 1 or 3)
@@ -247,10 +234,8 @@ class ResizedFrames(gym.ObservationWrapper):
 
 def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_loss_ends: bool = False) -> gym.Env:
     """A gymnasium game with frames (64, 64, 3) uint8 and Discrete actions. The defaults are those of a test game.
-
-    `noop_max` and `life_loss_ends` are for `{Game}NoFrameskip-v4`. Every game is cut off after `max_frames`; other
-    games have one a step. Raises IrisError for an unknown id, other actions, or no image.
-    """
+    `noop_max` and `life_loss_ends` are for `{Game}NoFrameskip-v4`. A game is cut off after `max_frames`, raw ones in an
+    Atari game, else one a step. Raises IrisError for an unknown id, other actions, or no image."""
     gym.register_envs(ale_py)
     gym.logger.min_level = gym.logger.ERROR  # or each game warns that there is a v5, which has sticky actions
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
@@ -274,24 +259,21 @@ def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_los
 
 
 # --- Replay -----------------------------------------------------------------------------------------------------------
-STEP = np.dtype(
-    [("frames", "u1", (FRAME_SIZE, FRAME_SIZE, 3)), ("actions", "<i8"), ("rewards", "<f4"), ("ends", "u1")]
-)  # the frame seen, the action taken, the reward it brought, whether the episode ended with it: 12,301 bytes
+# The frame seen, the action taken, the reward it brought, whether the episode ended with it: 12,301 bytes
+STEP = np.dtype([("frames", "u1", FRAME_SPACE.shape), ("actions", "<i8"), ("rewards", "<f4"), ("ends", "u1")])
 
 
 class Steps:
-    """T steps of play, in order. An episode lies between two ends; the last one may go on.
-
-    frames (T, 64, 64, 3) uint8, actions, rewards and ends (T,); starts and stops (episodes,).
-    """
+    """T steps of play, in order: frames (T, 64, 64, 3) uint8, actions, rewards and ends (T,). An episode lies between
+    two ends; the last one may go on: starts and stops (episodes,)."""
 
     def __init__(self, steps: np.ndarray):
-        """Of an array (T,) of STEP."""
+        self.array = steps  # (T,) of STEP
         self.frames, self.actions, self.rewards, self.ends = (steps[name] for name in STEP.names)
-        stops = np.flatnonzero(self.ends) + 1
-        if len(steps) > (stops[-1] if len(stops) else 0):
-            stops = np.append(stops, len(steps))
-        self.starts, self.stops = np.concatenate([[0], stops[:-1]]).astype(np.int64), stops
+        is_last = self.ends.astype(bool)
+        is_last[-1:] = True  # the last episode may go on
+        self.stops = np.flatnonzero(is_last) + 1
+        self.starts = np.append(0, self.stops[:-1])
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -299,10 +281,9 @@ class Steps:
     def sample(self, rng: np.random.Generator, n: int, length: int, anchor: str, draw: str):
         """n segments -> indices of steps (n, length), and mask (n, length), False where a segment leaves its episode.
 
-        An episode is drawn uniformly, or, where `draw` is "steps", in proportion to its length. Then, with anchor
-        "start", the segment's first step is uniform over it, and padding is on the right (tokenizer, world model);
-        with "stop" its last step is, and padding is on the left (actor-critic) [paper]. The index of padding is some
-        step of the same episode.
+        An episode is drawn uniformly, or, where `draw` is "steps", in proportion to its length. With anchor "start" the
+        segment's first step is uniform over it, and padding is on the right (tokenizer, world model); with "stop" its
+        last step is, and padding is on the left (actor-critic) [paper]. Padding repeats a step of the same episode.
         """
         lengths = self.stops - self.starts
         episodes = rng.choice(len(lengths), n, p=lengths / len(self) if draw == "steps" else None)
@@ -317,14 +298,11 @@ class Steps:
 
 
 class Replay(Steps):
-    """Steps in an append-only file, read through a memory map: 100,000 take 1.23 GB on disk and hardly any memory.
-
-    They are not written through the map, because a full disk then would be a crash and not an error.
-    """
+    """Steps in an append-only file, read through a memory map: 100,000 take 1.23 GB on disk and hardly any memory. They
+    are not written through the map, because a full disk then would be a crash and not an error."""
 
     def __init__(self, folder: Path, length: int | None = None):
-        """Creates the file in `folder`. Or, given the `length` of a checkpoint, opens it and drops what was written
-        after that. Raises IrisError if there are steps already, or fewer than that."""
+        """Creates the file, or cuts it to a checkpoint's `length`. Raises IrisError for one that has other steps."""
         folder.mkdir(parents=True, exist_ok=True)
         path, wanted = folder / "steps.bin", (length or 0) * STEP.itemsize
         path.touch()
@@ -382,7 +360,14 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """IRIS. `optimise` minimises one model's loss; the losses of a batch are computed by the functions named here."""
+    """IRIS. `optimise` minimises the sum of a model's losses; the function that it is given computes them for a batch.
+
+        tokenizer     reconstruction, perceptual, codebook, commitment  of 256 frames     chapter 1, `Tokenizer.loss`
+        world_model   observations, rewards, ends                       of 64 sequences   chapter 2, `WorldModel.loss`
+        actor_critic  policy, value, entropy bonus                      of 64 dreams      chapter 3, `actor_critic_loss`
+
+    Each has an optimiser of its own, and no gradient leaves its model: tokens are integers, dreams have no gradient.
+    """
     args, agent = run.args, run.agent
     for run.epoch in range(run.epoch + 1, args.epochs + 1):
         began, run.metrics = time.perf_counter(), {"charts/epoch": run.epoch}
@@ -418,7 +403,7 @@ def tokenizer_losses(run: Run, n: int) -> tuple[dict, dict]:
     frames = run.replay.frames_at(indices[:, 0], run.device)
     z = tokenizer.encoder_outputs(frames)
     if run.lpips is None:
-        tokenizer.codebook.revive(z.detach(), args.tokenizer.revive_after * len(parts(run, "tokenizer")))
+        tokenizer.codebook.revive(z, args.tokenizer.revive_after * len(parts(run, "tokenizer")))
     return tokenizer.loss(frames, run.lpips, z), {}
 
 
@@ -431,8 +416,7 @@ def world_model_losses(run: Run, n: int) -> tuple[dict, dict]:
 
 def actor_critic_losses(run: Run, n: int) -> tuple[dict, dict]:
     """Losses and metrics on n dreams."""
-    args = run.args
-    rollout = dream_from_replay(run, run.rng, n)
+    args, rollout = run.args, dream_from_replay(run, run.rng, n)
     return actor_critic_loss(rollout, args.gamma, args.lambda_, args.entropy_weight, args.after_end)
 
 
@@ -461,11 +445,9 @@ def dream_from_replay(run: Run, rng: np.random.Generator, n: int) -> Rollout:
 
 
 def optimise(run: Run, name: Model, losses_of: Callable[[Run, int], tuple[dict, dict]]) -> None:
-    """An epoch's optimiser steps on one model; the means of losses and metrics go to `run.metrics`.
-
-    Losses are read from the device once, after the last step, so that no step waits for a GPU. Raises IrisError if one
-    was not finite, or a gradient norm, which would ruin the weights while the losses still look well.
-    """
+    """An epoch's optimiser steps on one model; the means of losses and metrics go to `run.metrics`. They are read from
+    the device once, at the end, so that no step waits for a GPU. Raises IrisError if a loss was not finite, or a
+    gradient norm, which would ruin the weights while the losses still look well."""
     args, model, optimizer = run.args, getattr(run.agent, name), run.optimizers[name]
     steps, batch_size = getattr(args, f"{name}_steps"), getattr(args, f"{name}_batch_size")
     run.metrics[f"charts/{name}_learning_rate"] = rate = learning_rate(args, name, run.epoch)
@@ -560,20 +542,19 @@ def collect(run: Run) -> None:
             frames = agent.tokenizer.reconstruct(replay.frames_at(latest, device))[None]  # (1, L, 3, 64, 64)
             state = agent.actor_critic.warm_up(frames, torch.ones(frames.shape[:2], dtype=torch.bool, device=device))
 
-    trained = run.epoch >= args.actor_critic_from or (args.init_from and "actor_critic" in args.init_models)
+    trained = run.epoch > args.actor_critic_from or (args.init_from and "actor_critic" in args.init_models)
     began, lives, games, hold = time.perf_counter(), [], [], 0
     for step in trange(length, length + args.collect_steps, desc="collect", leave=False, disable=None):
         with run.autocast():
             seen = to_model(torch.from_numpy(run.frame)[None].to(device))
             actions, state = agent.act(seen, state, args.collect_temperature)
-        if hold > 0:
-            hold -= 1  # and `action` stays
-        else:
-            action = int(actions)
+        if hold == 0:  # else the last `action` is repeated
+            action, hold = int(actions), 1
             if run.rng.random() < args.collect_epsilon:
                 action = int(run.rng.integers(run.env.action_space.n))
             if args.collect_hold > 1 and not trained:
-                hold = min(int(run.rng.zipf(2.0)), args.collect_hold) - 1
+                hold = min(int(run.rng.zipf(2.0)), args.collect_hold)
+        hold -= 1
         frame, reward, terminated, truncated, info = run.env.step(action)
         if not np.isfinite(reward):
             raise IrisError(f"{args.env_id} gave the reward {reward} at step {step}: mend the environment")
@@ -590,8 +571,7 @@ def collect(run: Run) -> None:
     replay.flush()
     run.metrics["charts/SPS"] = args.collect_steps / (time.perf_counter() - began)
     for begin, stop in lives[-10:]:
-        columns = {name: getattr(replay, name)[begin:stop] for name in STEP.names}
-        save_episode(run.folder / "media/episodes/train", f"step_{begin:07d}", columns)
+        save_episode(run.folder / "media/episodes/train", f"step_{begin:07d}", replay.array[begin:stop])
     if games:
         run.metrics["charts/episodic_return"] = np.mean([replay.rewards[begin:stop].sum() for begin, stop in games])
         run.metrics["charts/episodic_length"] = np.mean([stop - begin for begin, stop in games])
@@ -606,10 +586,7 @@ def new_game(run: Run, start: int = 0) -> None:
 @torch.no_grad()
 def play_test_episodes(agent: Agent, args: Args, device: torch.device, seed: int, keep: int = 2000) -> list[dict]:
     """Whole games -> for each its return, length, and first `keep` steps, an array of STEP (all might fill the memory).
-
-    They are played in rounds of `test_envs` side by side, each until its longest game is over: the first games to end
-    would be the short ones, and those are bad ones.
-    """
+    A round of `test_envs` games is played until the longest is over: the first games to end would be the bad ones."""
     games: list[dict] = []
     for first in trange(0, args.test_episodes, args.test_envs, desc="test episodes", leave=False, disable=None):
         n = min(args.test_envs, args.test_episodes - first)
@@ -644,16 +621,14 @@ def evaluate(run: Run) -> None:
         metrics["eval/episodic_return"], metrics["eval/episodic_return_std"] = returns.mean(), returns.std()
         metrics["eval/episodic_length"] = np.mean([game["length"] for game in games])
         for i in sorted({int(returns.argmax()), *range(len(games))[-9:]}):
-            steps = games[i]["steps"]
-            save_episode(episodes / "test", f"{name}_{i:02d}", {key: steps[key] for key in STEP.names}, returns[i])
+            save_episode(episodes / "test", f"{name}_{i:02d}", games[i]["steps"], returns[i])
         for game in games:
             game["steps"]["ends"][-1] = 1  # also where only the first steps were kept
-        test = Steps(np.concatenate([game["steps"] for game in games]))
+        test, losses = Steps(np.concatenate([game["steps"] for game in games])), {}
 
         if run.epoch >= args.tokenizer_from:
             indices, _ = test.sample(rng, 128, 1, "start", args.draw)
-            for key, value in agent.tokenizer.loss(test.frames_at(indices[:, 0], run.device), run.lpips).items():
-                metrics[f"eval/{key}_loss"] = value.item()
+            losses |= agent.tokenizer.loss(test.frames_at(indices[:, 0], run.device), run.lpips)
             frames = test.frames_at(np.linspace(0, len(test) - 1, 8).astype(int), run.device)
             rows = {"test games": frames, "reconstructions": agent.tokenizer.reconstruct(frames)}
             image = labelled_rows(rows, run.folder / f"media/reconstructions/{name}.png")
@@ -662,8 +637,7 @@ def evaluate(run: Run) -> None:
         if run.epoch >= args.world_model_from:
             indices, columns = sample_sequences(run, test, rng, 16)
             tokens = agent.tokenizer.encode(test.frames_at(indices.ravel(), run.device)).unflatten(0, indices.shape)
-            for key, value in agent.world_model.loss(tokens, *columns).items():
-                metrics[f"eval/{key}_loss"] = value.item()
+            losses |= agent.world_model.loss(tokens, *columns)
             real = test.frames_at(np.arange(min(args.horizon, test.stops[0])), run.device)  # the first game's start
             dreamed = [run.dream.reset(real[:1])]
             for action in test.actions[: len(real) - 1]:
@@ -676,15 +650,15 @@ def evaluate(run: Run) -> None:
             for i in range(4):
                 dream = {key: column[i].cpu().numpy() for key, column in zip(STEP.names, columns, strict=True)}
                 save_episode(episodes / "imagination", f"{name}_{i:02d}", dream)
+    metrics |= {f"eval/{key}_loss": value.item() for key, value in losses.items()}
 
 
-def save_episode(folder: Path, name: str, columns: dict[str, np.ndarray], total: float | None = None) -> None:
-    """Keeps an episode as `.npz` (frames, actions, rewards, ends, return); of all, the last ten and the best stay.
-
-    `total` is the return, where the columns hold a part of the episode only. Raises OSError.
-    """
+def save_episode(folder: Path, name: str, steps: np.ndarray | dict, total: float | None = None) -> None:
+    """Keeps an episode, whose steps have the columns of STEP, as `.npz`; of all, the last ten and the best stay.
+    `total` is the return, where these are not all its steps. Raises OSError."""
     best = folder / "best.npz"
-    content = columns | {"return": float(columns["rewards"].sum() if total is None else total)}
+    content = {key: steps[key] for key in STEP.names}
+    content["return"] = float(steps["rewards"].sum() if total is None else total)
     try:
         with np.load(best) as file:
             is_best = content["return"] > float(file["return"])
@@ -707,10 +681,9 @@ def write_file(path: Path, content: io.BytesIO) -> None:
             file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)  # it would help to fill the disk
-        raise
-    temporary.replace(path)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # after an error: it would help to fill the disk
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the new name, too, is on the disk only now
     os.close(folder)
@@ -770,8 +743,7 @@ def save_checkpoint(run: Run) -> None:
 def read_checkpoint(path: Path) -> dict:
     """The dictionary in a checkpoint file, on the CPU. Raises IrisError for a file that is no such thing."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(content)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError as error:
         raise IrisError(f"there is no checkpoint at {path}: {error.strerror}") from error
     except Exception as error:  # torch.load has half a dozen errors for a file that is cut short or of another kind
@@ -792,21 +764,20 @@ def restore(run: Run, checkpoint: dict) -> None:
     """Brings a run that was just built from the same arguments to where the checkpoint was written."""
     run.agent.load_state_dict(checkpoint["agent"])
     for name, optimizer in run.optimizers.items():
-        decays = [group["weight_decay"] for group in optimizer.param_groups]
-        optimizer.load_state_dict(checkpoint["optimizers"][name])
-        for group, decay in zip(optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = decay  # the command line's, which may have changed; so may the learning rate
+        state = checkpoint["optimizers"][name]
+        for old, new in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            old["weight_decay"] = new["weight_decay"]  # the command line's; `optimise` sets the learning rate
+        optimizer.load_state_dict(state)
     run.epoch = run.saved_epoch = checkpoint["epoch"]
     run.game_seed, run.game_start = checkpoint["game_seed"], checkpoint["game_start"]
     if run.epoch < run.args.collect_epochs and run.game_seed >= 0:  # play the current game again, up to where it was
-        frame, _ = run.env.reset(seed=run.game_seed)
+        run.frame, _ = run.env.reset(seed=run.game_seed)
         for step in range(run.game_start, len(run.replay)):
-            if not np.array_equal(frame, run.replay.frames[step]):
+            if not np.array_equal(run.frame, run.replay.frames[step]):
                 raise IrisError(f"{run.args.env_id} does not repeat a game from its seed: the run can't be resumed")
-            frame, _, terminated, truncated, _ = run.env.step(int(run.replay.actions[step]))
+            run.frame, _, terminated, truncated, _ = run.env.step(int(run.replay.actions[step]))
             if terminated or truncated:  # a life was lost; after the end of a game, another seed would have started
-                frame, _ = run.env.reset()
-        run.frame = frame
+                run.frame, _ = run.env.reset()
     # Last, because building and playing may have drawn random numbers.
     run.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
     torch.set_rng_state(checkpoint["torch_rng"])
@@ -826,9 +797,7 @@ def build_agent(args: Args, num_actions: int) -> Agent:
 
 def load_agent(run_or_checkpoint: Path | str) -> tuple[Agent, Args]:
     """A run's folder, its checkpoint, or a published checkpoint -> the agent, in evaluation mode on the CPU, and Args.
-
-    For a published one, Args are the paper's, and the game is the file's name (Breakout.pt). Raises IrisError.
-    """
+    For a published one, Args are the paper's, and the game is the file's name (Breakout.pt). Raises IrisError."""
     path = checkpoint_path(run_or_checkpoint)
     content = read_checkpoint(path)
     try:
@@ -862,24 +831,22 @@ def init_from(agent: Agent, args: Args) -> None:
 def parse_args(argv: list[str]) -> Args:
     """The command line -> Args. Flags override a preset, or the arguments of a resumed run. Raises IrisError."""
 
-    @dataclass
-    class First:  # the two flags that decide what the others default to
-        preset: Preset = "paper"
-        resume: str = ""
+    def first(preset: Preset = "paper", resume: str = "") -> tuple[Preset, str]:  # these two decide the defaults
+        return preset, resume
 
     asks_for_help = {"-h", "--help"} & set(argv)
-    first, _ = tyro.cli(First, args=[a for a in argv if a not in asks_for_help], return_unknown_args=True)
-    if not first.resume or asks_for_help:
-        return tyro.cli(Args, default=PRESETS[first.preset], args=argv)
-    saved = args_from_checkpoint(read_checkpoint(checkpoint_path(first.resume)), first.resume)
+    (preset, resume), _ = tyro.cli(first, args=[a for a in argv if a not in asks_for_help], return_unknown_args=True)
+    if not resume or asks_for_help:
+        return tyro.cli(Args, default=PRESETS[preset], args=argv)
+    saved = args_from_checkpoint(read_checkpoint(checkpoint_path(resume)), resume)
     args = tyro.cli(Args, default=saved, args=argv)
     if args.perceptual_loss == "auto":
         args.perceptual_loss = saved.perceptual_loss
-    fixed = "env_id preset seed noop_max max_frames perceptual_loss run_dir init_from tokenizer world_model"
-    for name in [*fixed.split(), "actor_critic"]:
+    fixed = "env_id preset seed noop_max max_frames perceptual_loss run_dir init_from"
+    for name in [*fixed.split(), "tokenizer", "world_model", "actor_critic"]:
         old, new = getattr(saved, name), getattr(args, name)
         if old != new:
-            raise IrisError(f"{first.resume} is a run with {name} {old}, not {new}: leave that out, or start a new run")
+            raise IrisError(f"{resume} is a run with {name} {old}, not {new}: leave that out, or start a new run")
     return args
 
 
@@ -917,27 +884,13 @@ def choose_device(args: Args) -> tuple[torch.device, bool]:
     return device, device.type == "cpu" and any("bf16" in k and v for k, v in torch.cpu.get_capabilities().items())
 
 
-def choose_perceptual_loss(args: Args) -> Lpips | None:
-    """Settles `args.perceptual_loss` to lpips or pixel, and returns the network if it is lpips."""
-    lpips = None
-    try:
-        lpips = None if args.perceptual_loss == "pixel" else load_lpips()
-    except OSError as error:
-        if args.perceptual_loss == "lpips":
-            raise IrisError(str(error)) from error
-        print(f"warning: training with the pixel loss, not the paper's perceptual loss: {error}", file=sys.stderr)
-    args.perceptual_loss = "lpips" if lpips else "pixel"
-    return lpips
-
-
 def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Optimizer]:
     """Adam for tokenizer and actor-critic, AdamW for the world model [paper]. Fused: one operator for all weights."""
-    groups = agent.world_model.parameter_groups(args.world_model_weight_decay)
-    adam, adamw = torch.optim.Adam, torch.optim.AdamW
+    groups, optim = agent.world_model.parameter_groups(args.world_model_weight_decay), torch.optim
     return {
-        "tokenizer": adam(agent.tokenizer.parameters(), lr=args.tokenizer_learning_rate, fused=True),
-        "world_model": adamw(groups, lr=args.world_model_learning_rate, fused=True),
-        "actor_critic": adam(agent.actor_critic.parameters(), lr=args.actor_critic_learning_rate, fused=True),
+        "tokenizer": optim.Adam(agent.tokenizer.parameters(), lr=args.tokenizer_learning_rate, fused=True),
+        "world_model": optim.AdamW(groups, lr=args.world_model_learning_rate, fused=True),
+        "actor_critic": optim.Adam(agent.actor_critic.parameters(), lr=args.actor_critic_learning_rate, fused=True),
     }
 
 
@@ -950,7 +903,14 @@ def build(args: Args) -> Run:
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
         raise IrisError("--compile needs a C++ compiler: install g++, or leave it out")
     env = make_env(args.env_id, args.noop_max, args.max_frames, life_loss_ends=True)
-    lpips = choose_perceptual_loss(args)
+    try:
+        lpips = None if args.perceptual_loss == "pixel" else load_lpips().to(device)
+    except OSError as error:
+        lpips = None
+        if args.perceptual_loss == "lpips":
+            raise IrisError(str(error)) from error
+        print(f"warning: training with the pixel loss, not the paper's perceptual loss: {error}", file=sys.stderr)
+    args.perceptual_loss = "lpips" if lpips else "pixel"  # auto is settled
     agent = build_agent(args, int(env.action_space.n))
     if args.init_from and not args.resume:
         init_from(agent, args)
@@ -959,16 +919,20 @@ def build(args: Args) -> Run:
     folder = checkpoint_path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
     if not args.resume and (folder / "checkpoint.pt").exists():
         raise IrisError(f"{folder} holds a run already: --resume {folder} goes on with it; or name another --run-dir")
-    lock_file = lock(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise IrisError(f"another process is training in {folder}: stop it first, or name another --run-dir") from error
+    except OSError as error:
+        raise IrisError(f"can't write into the run folder {folder}: {error.strerror}; choose a --run-dir") from error
     checkpoint = read_checkpoint(checkpoint_path(args.resume)) if args.resume else None
     try:
         dream = (CompiledDream if args.compile else Dream)(agent.tokenizer, agent.world_model)
-        run = Run(
-            args, folder, lock_file, device, bf16, agent, make_optimizers(agent, args),
-            lpips and lpips.to(device), dream, env,
-            Replay(folder / "replay", checkpoint["replay_length"] if checkpoint else None),
-            np.random.default_rng(args.seed),
-        )  # fmt: skip
+        replay = Replay(folder / "replay", checkpoint["replay_length"] if checkpoint else None)
+        optimizers, rng = make_optimizers(agent, args), np.random.default_rng(args.seed)
+        run = Run(args, folder, lock, device, bf16, agent, optimizers, lpips, dream, env, replay, rng)
         if checkpoint:
             restore(run, checkpoint)
         return run
@@ -979,8 +943,7 @@ def build(args: Args) -> Run:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep the blocks that it frees. Else it returns large ones to the system at once, which clears them
-    page by page for the next batch: a third of the tokenizer's training time on a CPU."""
+    """Tells glibc to keep freed memory: getting it back, cleared, takes a third of the tokenizer's time on a CPU."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
@@ -989,31 +952,12 @@ def keep_freed_memory() -> None:
     mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside the heap, which are returned when freed
 
 
-def lock(folder: Path) -> Any:
-    """Makes the run's folder, and keeps other processes out of it as long as the returned file is open."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "w")
-    except OSError as error:
-        raise IrisError(f"can't write into the run folder {folder}: {error.strerror}; choose a --run-dir") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise IrisError(f"another process is training in {folder}: stop it first, or name another --run-dir") from error
-    return handle
-
-
 def start_logs(run: Run) -> Any:
-    """Writes args.json: the settled arguments, the libraries' versions, the git commit. Returns TensorBoard's writer."""
-    from torch.utils.tensorboard import SummaryWriter
-
+    """Writes args.json: settled arguments, libraries' versions, the git commit. Returns TensorBoard's writer."""
     settled = {"device": str(run.device), "precision": "bf16" if run.bf16 else "fp32"}
     settled["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")}
-    try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        settled["git_commit"] = git.stdout.strip() or None
-    except OSError:
-        settled["git_commit"] = None  # no git here
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    settled["git_commit"] = git.stdout.strip() or None  # where there is no git, the shell writes nothing to stdout
     (run.folder / "args.json").write_text(json.dumps(asdict(run.args) | settled, indent=2) + "\n")
     # purge_step hides what an epoch logged that was killed before it was saved, and is played again
     writer = SummaryWriter(str(run.folder), purge_step=len(run.replay) + 1)

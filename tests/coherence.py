@@ -52,7 +52,7 @@ def measure(args: Args) -> dict:
         game = long_enough[number % len(long_enough)]
         start = int(rng.integers(len(game) - length))
         frames.append(to_model(torch.from_numpy(game["frames"][start : start + length])))
-        actions.append(torch.from_numpy(game["actions"][start : start + length]))
+        actions.append(torch.from_numpy(game["actions"][start : start + length].copy()))
     frames, actions = torch.stack(frames), torch.stack(actions)  # (N, L, 3, 64, 64), (N, L)
     everything = np.concatenate([game["frames"] for game in games])
     median = to_model(torch.from_numpy(np.median(everything[:: 1 + len(everything) // 1000], axis=0).astype(np.uint8)))

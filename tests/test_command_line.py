@@ -246,7 +246,7 @@ BAD_INPUT = {
     "no checkpoint": (["--init-from", "FILES/none.pt"], "there is no checkpoint at"),
     "truncated checkpoint": (["--init-from", "FILES/cut.pt"], "cut short"),
     "no checkpoint at all": (["--init-from", "FILES/text.pt"], "no readable checkpoint"),
-    "foreign checkpoint": (["--init-from", "FILES/other.pt"], "no published IRIS checkpoint"),
+    "foreign checkpoint": (["--init-from", "FILES/other.pt"], "is no checkpoint of this version"),
     "other actions": (["--init-from", "FILES/Pong.pt"], r"world_model of .*Pong.pt does not fit \(6 actions there, 4 here\)"),
     "other sizes": (["--init-from", "RUN"], "tokenizer of .* does not fit .*--tokenizer... arguments, or omit it from --init-models"),
     "nothing to resume": (["--resume", "FILES/nowhere"], "there is no checkpoint at"),

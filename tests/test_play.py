@@ -423,7 +423,7 @@ def test_without_arguments_the_newest_run_is_taken(breakout, counter, tmp_path):
     "arguments, message",
     [
         (["--checkpoint", "/nonexistent.pt"], "there is no checkpoint at /nonexistent.pt"),
-        (["--checkpoint", "{foreign}"], "no published IRIS checkpoint"),
+        (["--checkpoint", "{foreign}"], "is no checkpoint of this version"),
         (["--checkpoint", "{published}", "--env-id", "PongNoFrameskip-v4"], "knows 4 actions and Pong.* has 6"),
         (["--checkpoint", "{elsewhere}"], "no environment 'best_agentNoFrameskip-v4'"),
         (["--run-dir", "{run}"], r"no display here: choose --web .* or --video"),

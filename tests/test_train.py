@@ -405,12 +405,12 @@ def test_each_frame_is_encoded_once_an_epoch_and_later_phases_read_tokens(run, m
     assert sum(encoded) == 25
 
 
-def test_tokens_are_written_anew_after_the_tokenizer_was_trained(run):
-    run.args.epochs, run.args.eval_every = 2, 0
+def test_tokens_are_forgotten_when_the_tokenizer_is_trained_and_kept_while_it_rests(run, monkeypatch):
+    kept, encode_replay = [], iris_train.encode_replay
+    monkeypatch.setattr(iris_train, "encode_replay", lambda run: kept.append(run.tokens is not None) or encode_replay(run))
+    run.args.epochs, run.args.eval_every, run.args.tokenizer_until = 4, 0, 2
     iris_train.train(run)
-    tokens, run.tokens = run.tokens, None
-    iris_train.encode_replay(run)
-    assert torch.equal(tokens, run.tokens)
+    assert kept == [False, False, True, True]
 
 
 def test_frames_that_warm_up_a_memory_are_reconstructed_once_if_that_is_less_work(run):
