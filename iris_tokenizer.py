@@ -393,7 +393,7 @@ def draw_catch(row: Tensor, column: Tensor, paddle: Tensor) -> Tensor:
 def play_catch(episodes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Random play: frames (E, 7, 3, 64, 64), actions (0 left, 1 stay, 2 right), rewards and ends (E, 7), for chapter 2.
 
-    The ball falls a row a step. When it arrives in row 7, which no frame shows, the episode ends: +1 on the paddle, or -1.
+    The ball falls a row a step. When it is in row 7, which no frame shows, the episode ends: +1 on the paddle, else -1.
     """
     column, paddle = torch.randint(8, (episodes,)), torch.full((episodes,), 4)
     frames, actions = [], torch.randint(3, (episodes, 7))
