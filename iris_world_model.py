@@ -30,7 +30,7 @@ With a tokenizer (chapter 1) it is an environment: `dream = Dream(tokenizer, wor
 Rules. A training sequence lies within one episode; where that is shorter, padding follows on the right, to which no
 earlier position attends. Gradients reach this model's weights only: tokens are integers, and a dream has no gradient.
 Dropout and a dream's samples draw from torch's global generator. The paper trains with AdamW, rate 1e-4, weight decay
-0.01, 64 sequences a step, gradient norm clipped at 10. [paper] is IRIS, [ours] is not. All defaults are the paper's.
+0.01, 64 sequences a step, gradient norm clipped at 10. [paper] is IRIS or its code, [ours] is not.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ class Attention(nn.Module):
             cache.index_copy_(3, positions, kv.to(cache.dtype))  # write the new keys and values
             q, kv = q.to(cache.dtype), cache[..., : mask.shape[1], :]  # (2, N, heads, filled, C'): all so far
         dropout = self.dropout if self.training else 0.0
-        with torch.autocast(x.device.type, enabled=False):  # which would convert the whole cache
+        with torch.autocast(x.device.type, enabled=False):  # would convert the whole cache
             y = F.scaled_dot_product_attention(q, kv[0], kv[1], mask, dropout, is_causal=mask is None)
         return self.proj(y.transpose(1, 2).reshape(n, t, c))
 
@@ -104,7 +104,7 @@ class Layer(nn.Module):
 
 
 class WorldModelOutput(NamedTuple):
-    observation_logits: Tensor  # (N, L * K, V): entry 16 i + j predicts z(j+2) of frame i, the 16th z1 of frame i + 1
+    observation_logits: Tensor  # (N, L * K, V): a frame's 16 predict its z2 .. z16 and the next frame's z1
     reward_logits: Tensor  # (N, L, 3): for rewards -1, 0, 1
     end_logits: Tensor  # (N, L, 2): for going on and ending
 
@@ -141,7 +141,7 @@ class WorldModel(nn.Module):
         self.register_buffer("row_offset", vocab_size * is_action, persistent=False)  # V at actions
         self.register_buffer("causal", positions[:, None] >= positions, persistent=False)
 
-    def empty_cache(self, n: int) -> list[Tensor]:
+    def new_cache(self, n: int) -> list[Tensor]:
         """Room for the keys and values of n sequences: for each layer (2, N, heads, max_tokens, C / heads)."""
         config, device = self.config, self.positions.device.type
         autocast = device != "cpu" and torch.is_autocast_enabled(device)  # a CPU attends faster in float32
@@ -155,8 +155,8 @@ class WorldModel(nn.Module):
         """Tokens (N, T) at positions (T,) -> hidden states (N, T, C).
 
         Each attends to itself and the tokens before it: without a cache, those of this call. With one, for speed, the
-        keys and values of this call are written into it, and its first `filled` positions are attended to. The result
-        is the same, since the states of earlier positions do not depend on later ones, but each is computed once.
+        keys and values of this call are written into it at `positions`, and attention is over its first `filled`
+        positions. The result is the same, for the states of earlier positions never change.
         """
         x = self.dropout(self.embedding(tokens + self.row_offset[positions]) + self.position_embedding(positions))
         mask = None if cache is None else self.causal[positions, :filled]  # (T, filled)
@@ -181,7 +181,7 @@ class WorldModel(nn.Module):
     def loss(
         self, obs_tokens: Tensor, actions: Tensor, rewards: Tensor, ends: Tensor, mask: Tensor
     ) -> dict[str, Tensor]:
-        """Three cross-entropies, whose sum is minimised [paper, section 2.2].
+        """Three mean cross-entropies, whose sum is minimised [paper, section 2.2].
 
         obs_tokens (N, L, K) int64, actions (N, L) int64, rewards (N, L), of which the sign is predicted, ends (N, L) in
         {0, 1}, mask (N, L), False where a step is padding (on the right). Padding has label -100, which is ignored.
@@ -190,6 +190,8 @@ class WorldModel(nn.Module):
             input                        z1   z2  ..  z15  z16  a   |  z1   z2  ..
             observation_logits, index    0    1   ..  14   -    15  |  16   17  ..     the last is dropped: the sequence
             label                        z2   z3  ..  z16  -    z1  |  z2   z3  ..     ends before the next frame
+
+        Reward and end of a step are predicted at its action. The first z1 is never predicted.
         """
         tokens = torch.cat([obs_tokens, actions[..., None]], dim=2).flatten(1)  # (N, L * 17)
         output = self(tokens)
@@ -204,7 +206,7 @@ class WorldModel(nn.Module):
         }
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """For AdamW: weights of linear layers decay; embeddings, norms and biases do not [published code]."""
+        """For AdamW: weights of linear layers decay; embeddings, norms and biases do not [paper]."""
         decaying = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
         return [
             {"params": [p for p in self.parameters() if id(p) in decaying], "weight_decay": weight_decay},
@@ -224,7 +226,7 @@ def sample(logits: Tensor) -> Tensor:
 
 class Dream:
     """N imagined environments [paper, section 2.3]. `tokenizer` is anything with `encode` and `decode`; put both models
-    into evaluation mode. A dream is this, with a cache so that no position is computed twice:
+    into evaluation mode. A dream is this, with a cache so that each step computes its new positions only:
 
         reset   context = the 16 tokens of a real frame
         step    context += the action
@@ -234,7 +236,7 @@ class Dream:
 
     A dream may be longer than 20 blocks. When the next frame does not fit any more, the latest 10 blocks are kept and
     move to position 0, where they are read again [ours; the published code keeps the last frame alone, which shows no
-    motion]. A sampled end does not stop a dream: it goes on with frames after an end, which no training sequence has.
+    motion]. A sampled end does not stop a dream: what follows is for the caller to ignore, or not.
     """
 
     def __init__(self, tokenizer, world_model: WorldModel):
@@ -253,7 +255,7 @@ class Dream:
         if tokens.shape[1] != (k := self.world_model.config.tokens_per_frame):
             raise ValueError(f"the tokenizer makes {tokens.shape[1]} tokens a frame, the world model reads {k}")
         self.context = tokens
-        self.cache, self.filled = self.world_model.empty_cache(len(tokens)), 0  # how many positions it holds
+        self.cache, self.filled = self.world_model.new_cache(len(tokens)), 0  # how many positions it holds
         return self.tokenizer.decode(tokens)
 
     @torch.no_grad()
@@ -266,8 +268,8 @@ class Dream:
             raise ValueError("this dream has not begun, or its last step had next_frame=False: reset it")
         model, config = self.world_model, self.world_model.config
         self.context = torch.cat([self.context, actions[:, None]], dim=1)
-        # This step will read 15 more tokens (the 16th is read in the next step, with its action). After 20 actions the
-        # context has 340 tokens, 355 would be needed, and 170 are kept.
+        # This step will read 15 more tokens (the 16th is read in the next step, with its action). With 20 blocks:
+        # after the 20th action the context has 340 tokens, 355 are needed, and 170 are kept.
         if self.context.shape[1] + next_frame * (config.tokens_per_frame - 1) > config.max_tokens:
             self.context, self.filled = self.context[:, -self.kept_blocks * config.block_size :], 0
         h, logits = self.read()  # at the action

@@ -103,7 +103,7 @@ def test_token_passes_give_the_logits_of_the_plain_version_with_its_growing_cach
         cache: list = [()] * 10
         theirs = [plain.head("observations", plain.transformer(stream[:, p : p + 1], cache)) for p in range(34)]
         with autocast(precision):
-            ours, cache = [], model.empty_cache(N)
+            ours, cache = [], model.new_cache(N)
             for start, stop in [(0, 17), *((p, p + 1) for p in range(17, 32)), (32, 34)]:
                 h = model.hidden_states(stream[:, start:stop], model.positions[start:stop], cache, stop)
                 ours.append(model.head_observations(h).float())

@@ -364,7 +364,7 @@ class Draws:
 )
 def test_actions_are_held_until_a_policy_is_trained_and_no_longer_than_their_episode(run, monkeypatch, changes, held):
     run.args = dataclasses.replace(run.args, **{"actor_critic_from": 2, "collect_steps": 60} | changes)
-    run.epoch, run.rng, asked = 1, Draws(run.rng), iter(range(60))
+    run.epoch, run.rng, asked = 2, Draws(run.rng), iter(range(60))  # an epoch plays before it trains
     monkeypatch.setattr(run.agent, "act", lambda frames, state, temperature: (torch.tensor([next(asked) % 3]), state))
     iris_train.collect(run)
     for start, stop in zip(run.replay.starts, run.replay.stops, strict=True):

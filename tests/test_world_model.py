@@ -63,7 +63,7 @@ def test_heads_predict_at_the_right_positions_only():
 @pytest.mark.parametrize("whole", [False, True])  # whether attention runs over all of the cache, as it does on a GPU
 def test_cache_gives_the_hidden_states_of_the_full_forward_pass_at_every_position(lengths, whole):
     model, tokens, start, parts = small(), stream(2, 4), 0, []
-    cache = model.empty_cache(2)
+    cache = model.new_cache(2)
     with torch.no_grad():
         for length in lengths:
             positions, filled = torch.arange(start, start + length), 68 if whole else start + length
