@@ -127,13 +127,14 @@ def test_the_nearest_code_is_searched_in_float32(precision):
 
 
 def test_a_dreamed_frame_takes_at_most_3500_operators_that_compute(agent):
-    counts = []
-    for dream in (Dream(agent.tokenizer, agent.world_model), PlainDream(Plain(agent, requires_grad=False))):
+    counts, plain = [], Plain(agent, requires_grad=False)
+    plain.training = False
+    for dream in (Dream(agent.tokenizer, agent.world_model), PlainDream(plain)):
         with torch.no_grad():
             dream.reset(torch.rand(2, 3, 64, 64))
             dream.step(torch.zeros(2, dtype=torch.int64))
             counts.append(operators(lambda dream=dream: dream.step(torch.zeros(2, dtype=torch.int64))))
-    assert counts[0] <= 3500 and counts[1] > 1.8 * counts[0]
+    assert counts[0] <= 3500 and counts[1] > 1.3 * counts[0]
 
 
 @pytest.mark.slow
