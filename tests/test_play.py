@@ -616,6 +616,7 @@ def test_in_a_window_a_person_takes_over_from_the_agent(breakout, display):
     session.key("comma", "Recording")
     time.sleep(1)
     session.key("m")
+    time.sleep(0.5)  # a tap that is over before the next key is lost if both fall into the same step
     session.hold(["Right"], 4)
     session.key("comma", "npz: ")
     session.key("q")
