@@ -13,7 +13,7 @@ Real frames do two things only: 20 of them fill the LSTM's memory, and the 21st 
 
     gradient:  losses -> logits and values -> LSTM, back to the first step -> convolutions; never into the dream
 
-Run it:    python iris_agent.py     (a minute on a laptop: a small game of memory in place of the dream)
+Run it:    python iris_agent.py     (two minutes on one core: a small game of memory in place of the dream)
 Reuse it:  copy this file; it needs torch only (the reader of published checkpoints, at the end, also chapters 1 and 2).
 
     import torch

@@ -13,7 +13,7 @@ lacks does not exist for the agent: if the ball is missing here, no policy will 
 
     gradient:  reconstruction loss -> decoder -> (straight-through) -> z -> encoder; the codebook loss alone moves codes
 
-Run it:    python iris_tokenizer.py     (under a minute on a laptop; opencv-python writes its picture)
+Run it:    python iris_tokenizer.py     (a minute on one core; opencv-python writes its picture)
 Reuse it:  copy this file; it needs torch only.
 
     import torch
