@@ -14,7 +14,7 @@ section 2.2). `Dream` samples from these predictions, action by action: an envir
     prediction   z2   z3  ...  z16    -   z1    z2   z3  ...     at z16 nothing: the next token is the agent's action
                                        reward, end               at a also these two
 
-Run it:    python iris_world_model.py     (two minutes on one core; needs iris_tokenizer.py beside it, and opencv-python)
+Run it:    python iris_world_model.py     (two minutes on one core; needs iris_tokenizer.py and opencv-python)
 Reuse it:  copy this file; it needs torch only. `Dream` takes any tokenizer that has `encode` and `decode`.
 
     import torch
