@@ -21,7 +21,6 @@ Read it:  arguments, worlds, controllers, screens, the loop, then evaluation and
 """
 import base64
 import ctypes
-import io
 import json
 import os
 import re
@@ -716,9 +715,8 @@ class Recording:
             frames, actions, rewards, ends = (np.array(column) for column in zip(*self.steps, strict=True))
             columns = {"frames": frames, "actions": actions, "rewards": np.float32(rewards), "ends": np.uint8(ends)}
             try:
-                buffer = io.BytesIO()
-                np.savez_compressed(buffer, **columns, **{"return": float(rewards.sum())})
-                write_file(self.path, buffer)
+                columns["return"] = float(rewards.sum())
+                write_file(self.path, lambda file: np.savez_compressed(file, **columns))
             except OSError as error:
                 raise IrisError(f"can't write {self.path}: {error.strerror}") from error
         self.video.close(keep)

@@ -454,11 +454,11 @@ def optimise(run: Run, name: Model, losses_of: Callable[[Run, int], tuple[dict, 
     for group in optimizer.param_groups:
         group["lr"] = rate
     logged: dict[str, list[Tensor]] = defaultdict(list)
-    began = time.perf_counter()
+    began, sizes = time.perf_counter(), parts(run, name)  # one part, unless the batch is split to save memory
     model.train()
     for _ in trange(steps, desc=name, leave=False, disable=None):
         optimizer.zero_grad()
-        for n in parts(run, name):  # one part, unless the batch is split to save memory
+        for n in sizes:
             with run.autocast():
                 losses, metrics = losses_of(run, n)
             total = sum(losses.values())
@@ -491,8 +491,10 @@ def learning_rate(args: Args, name: str, epoch: int) -> float:
 def parts(run: Run, name: Model) -> list[int]:
     """The sizes of the parts of a batch. On a CPU the paper's are split, for memory; dreams never are."""
     n = getattr(run.args, f"{name}_batch_size")
-    largest = {"tokenizer": 32, "world_model": 16, "actor_critic": n}[name] if run.device.type == "cpu" else n
-    count = 1 if name == "actor_critic" else run.args.accumulate or -(-n // largest)
+    if name == "actor_critic":
+        return [n]
+    largest = {"tokenizer": 32, "world_model": 16}[name] if run.device.type == "cpu" else n
+    count = run.args.accumulate or -(-n // largest)
     return [len(part) for part in np.array_split(np.arange(n), min(n, count))]
 
 
@@ -664,16 +666,18 @@ def save_episode(folder: Path, name: str, steps: np.ndarray | dict, total: float
             is_best = content["return"] > float(file["return"])
     except Exception:  # there is none, or it is damaged, for which numpy and zipfile have a dozen errors
         is_best = True
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **content)
-    for path in [folder / f"{name}.npz"] + [best] * is_best:
-        write_file(path, buffer)
+    path = folder / f"{name}.npz"
+    write_file(path, lambda file: np.savez_compressed(file, **content))
+    if is_best:
+        write_file(best, lambda file: file.write(path.read_bytes()))
     for old in sorted(path for path in folder.glob("*.npz") if path != best)[:-10]:
         old.unlink()
 
 
-def write_file(path: Path, content: io.BytesIO) -> None:
-    """Writes a file that, whenever the process is killed, is whole or as it was before. Raises OSError."""
+def write_file(path: Path, save: Callable[[io.BytesIO], Any]) -> None:
+    """Writes what `save` writes to a file. Whenever the process is killed, `path` is whole or as before. OSError."""
+    content = io.BytesIO()  # on a full disk, torch.save has errors of its own, and writing bytes has the system's
+    save(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     try:
@@ -734,9 +738,7 @@ def save_checkpoint(run: Run) -> None:
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
     }  # fmt: skip
-    buffer = io.BytesIO()  # on a full disk, torch.save has errors of its own, and writing bytes has the system's
-    torch.save(content, buffer)
-    write_file(run.folder / "checkpoint.pt", buffer)
+    write_file(run.folder / "checkpoint.pt", lambda file: torch.save(content, file))
     run.saved_epoch = run.epoch
 
 

@@ -255,8 +255,11 @@ class Dream:
         if tokens.shape[1] != (k := self.world_model.config.tokens_per_frame):
             raise ValueError(f"the tokenizer makes {tokens.shape[1]} tokens a frame, the world model reads {k}")
         self.context = tokens
-        self.cache, self.filled = self.world_model.new_cache(len(tokens)), 0  # how many positions it holds
+        self.cache, self.filled = self.new_cache(len(tokens)), 0  # how many positions it holds
         return self.tokenizer.decode(tokens)
+
+    def new_cache(self, n: int) -> list[Tensor]:
+        return self.world_model.new_cache(n)
 
     @torch.no_grad()
     def step(self, actions: Tensor, next_frame: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -312,12 +315,13 @@ class CompiledDream(Dream):
         self.caches: dict = {}
         torch._dynamo.config.recompile_limit = 64  # T is 17, 1, 2 or 170, for each batch size
 
-    def reset_from_tokens(self, tokens: Tensor) -> Tensor:
-        frames = super().reset_from_tokens(tokens)
-        self.cache = self.caches.setdefault((len(tokens), self.cache[0].dtype), self.cache)
-        for keys_and_values in self.cache:
-            torch._dynamo.mark_static_address(keys_and_values)
-        return frames
+    def new_cache(self, n: int) -> list[Tensor]:
+        key = n, torch.is_autocast_enabled(self.world_model.positions.device.type)  # which decides the type
+        if key not in self.caches:
+            self.caches[key] = super().new_cache(n)
+            for keys_and_values in self.caches[key]:
+                torch._dynamo.mark_static_address(keys_and_values)
+        return self.caches[key]
 
     def read(self) -> tuple[Tensor, Tensor]:
         start, self.filled = self.filled, self.context.shape[1]

@@ -5,6 +5,7 @@ products, masked softmax, no cache, loops instead of tricks. A state dict in the
 `official_state_dict`, whose names and shapes are those of the published checkpoints.
 """
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,69 +13,14 @@ import torch.nn.functional as F
 
 def official_shapes(num_actions: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all weights of a published checkpoint, buffers left out."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def conv(name, out, inp, size):
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out, inp, size, size), (out,)
-
-    def vector(name, width):
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (width,), (width,)
-
-    def linear(name, out, inp):
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out, inp), (out,)
-
-    def block(name):
-        for i in "12":
-            vector(f"{name}.norm{i}", 64)
-            conv(f"{name}.conv{i}", 64, 64, 3)
-
-    def attention(name):
-        vector(f"{name}.norm", 64)
-        for part in ("q", "k", "v", "proj_out"):
-            conv(f"{name}.{part}", 64, 64, 1)
-
-    for side, kind, blocks in (("encoder", "down", 2), ("decoder", "up", 3)):
-        conv(f"tokenizer.{side}.conv_in", 64, 3 if side == "encoder" else 512, 3)
-        for level in range(5):
-            for i in range(blocks):
-                block(f"tokenizer.{side}.{kind}.{level}.block.{i}")
-                if level in (2, 3):
-                    attention(f"tokenizer.{side}.{kind}.{level}.attn.{i}")
-            if side == "encoder" and level < 4:
-                conv(f"tokenizer.{side}.down.{level}.downsample.conv", 64, 64, 3)
-            if side == "decoder" and level > 0:
-                conv(f"tokenizer.{side}.up.{level}.upsample.conv", 64, 64, 3)
-        block(f"tokenizer.{side}.mid.block_1")
-        attention(f"tokenizer.{side}.mid.attn_1")
-        block(f"tokenizer.{side}.mid.block_2")
-        vector(f"tokenizer.{side}.norm_out", 64)
-        conv(f"tokenizer.{side}.conv_out", 512 if side == "encoder" else 3, 64, 3)
-    conv("tokenizer.pre_quant_conv", 512, 512, 1)
-    shapes["tokenizer.embedding.weight"] = (512, 512)
-    conv("tokenizer.post_quant_conv", 512, 512, 1)
-
-    for i in range(10):
-        name = f"world_model.transformer.blocks.{i}"
-        vector(f"{name}.ln1", 256)
-        vector(f"{name}.ln2", 256)
-        for part in ("key", "query", "value", "proj"):
-            linear(f"{name}.attn.{part}", 256, 256)
-        linear(f"{name}.mlp.0", 1024, 256)
-        linear(f"{name}.mlp.2", 256, 1024)
-    vector("world_model.transformer.ln_f", 256)
-    shapes["world_model.pos_emb.weight"] = (340, 256)
-    shapes["world_model.embedder.embedding_tables.0.weight"] = (num_actions, 256)
-    shapes["world_model.embedder.embedding_tables.1.weight"] = (512, 256)
-    for head, outputs in (("observations", 512), ("rewards", 3), ("ends", 2)):
-        linear(f"world_model.head_{head}.head_module.0", 256, 256)
-        linear(f"world_model.head_{head}.head_module.2", outputs, 256)
-
-    for i, (out, inp) in enumerate(((32, 3), (32, 32), (64, 32), (64, 64)), start=1):
-        conv(f"actor_critic.conv{i}", out, inp, 3)
-    shapes["actor_critic.lstm.weight_ih"], shapes["actor_critic.lstm.weight_hh"] = (2048, 1024), (2048, 512)
-    shapes["actor_critic.lstm.bias_ih"] = shapes["actor_critic.lstm.bias_hh"] = (2048,)
-    linear("actor_critic.critic_linear", 1, 512)
-    linear("actor_critic.actor_linear", num_actions, 512)
+    shapes = {}
+    for line in (Path(__file__).parent / "golden/official_checkpoint_keys.txt").read_text().splitlines():
+        name, kind, shape = line.split()
+        if kind == "float32" and not name.endswith("attn.mask"):
+            shapes[name] = tuple(map(int, shape.split("x")))
+    for layer in ("world_model.embedder.embedding_tables.0", "actor_critic.actor_linear"):  # the list has 4 actions
+        for name in {f"{layer}.weight", f"{layer}.bias"} & shapes.keys():
+            shapes[name] = (num_actions, *shapes[name][1:])
     return shapes
 
 
