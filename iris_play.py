@@ -861,7 +861,7 @@ def evaluate(agent: Agent, train_args: iris_train.Args, args: Args, device: torc
     }  # fmt: skip
     statistics = {name: None if value is None else float(value) for name, value in statistics.items()}
     steps = sum(game["length"] for game in games)
-    print(f"{train_args.env_id}: {len(games)} test episodes, {steps} steps, in {iris_train.duration(seconds)}")
+    print(f"{train_args.env_id}: {len(games)} test episodes, {steps} steps, in {seconds:.0f} s")
     for name, value in statistics.items():
         if value is not None:
             print(f"  {name.replace('_', ' '):17}{value:9.2f}")
@@ -888,7 +888,7 @@ def main(args: Args) -> None:
     device, bf16 = choose_device(train_args)
     agent.to(device)
     torch.manual_seed(args.seed)
-    env = make_env(train_args.env_id, train_args.test_noop_max, train_args.test_max_frames)
+    env = make_env(train_args.env_id, max_frames=train_args.test_max_frames)
     if env.action_space.n != agent.world_model.num_actions:
         raise IrisError(
             f"{checkpoint} knows {agent.world_model.num_actions} actions and {train_args.env_id} has "

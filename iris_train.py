@@ -17,7 +17,6 @@ Read it:  arguments, environment, replay; then `train`, the algorithm, and what 
 [paper] is IRIS, [Delta-IRIS] arXiv 2406.19320, [ours] neither. The default arguments are the paper's.
 """
 import ctypes
-import errno
 import fcntl
 import importlib.metadata
 import io
@@ -28,10 +27,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict, deque
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Callable, Literal
+from typing import Annotated, Any, Callable, Literal, get_args
 
 import ale_py
 import gymnasium as gym
@@ -44,7 +43,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
 from iris_agent import ActorCritic, ActorCriticConfig, Agent, Rollout, actor_critic_loss, imagine, official_agent
-from iris_tokenizer import FRAME_SIZE, Lpips, Tokenizer, TokenizerConfig, labelled_rows, load_lpips
+from iris_tokenizer import FRAME_SIZE, SMALL_TOKENIZER, Lpips, Tokenizer, TokenizerConfig, labelled_rows, load_lpips
 from iris_world_model import CompiledDream, Dream, WorldModel, WorldModelConfig
 
 
@@ -73,7 +72,7 @@ class Args:
     run_dir: str = ""  # Folder of the run; empty is runs/{env_id}__iris__{seed}__{time}
     resume: str = ""  # Folder of a run to go on with; all other arguments default to those of that run
     init_from: str = ""  # Checkpoint of a run, or a published one, whose weights to start from
-    init_models: tuple[Model, ...] = ("tokenizer", "world_model", "actor_critic")  # With init_from: what to take over
+    init_models: tuple[Model, ...] = get_args(Model)  # With init_from: which models to take over
 
     epochs: int = 600  # Epochs of the run
     collect_epochs: int = 500  # The game is played in the first so many epochs
@@ -108,13 +107,12 @@ class Args:
     entropy_weight: float = 0.001  # Weight of the entropy bonus
     after_end: bool = True  # Count the dreamed steps after an imagined end in the loss, as published
     max_grad_norm: float = 10.0  # Gradient norm at which gradients are clipped, for each model
-    accumulate: int = 0  # Parts that batches are split into to save memory; 0 is 1 on a GPU, and enough on a CPU
+    accumulate: int = 1  # Parts that each batch is split into, to save memory
 
     eval_every: int = 5  # Epochs from one evaluation to the next; 0 is never
     test_episodes: int = 16  # Whole games played in an evaluation
     test_envs: int = 8  # Of these, games played side by side
     test_temperature: float = 0.5  # Temperature of the policy in evaluations
-    test_noop_max: int = 1  # Test games start with 1 to so many no-ops
     test_max_frames: int = 108_000  # Frames after which a test game is cut off; in an Atari game half an hour
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -134,9 +132,8 @@ PRESETS = {
         tokenizer_learning_rate=1e-3, world_model_learning_rate=5e-4, actor_critic_learning_rate=1e-3,
         burn_in=10, entropy_weight=0.003, gamma=0.99, after_end=False,
         eval_every=10, test_episodes=8, test_max_frames=10_000,
-        tokenizer=TokenizerConfig(
-            code_dim=64, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 1, 1), attention_at=(),
-            local_encoder=True, worst_values=12, worst_weight=0.1, standardize=True,
+        tokenizer=replace(
+            SMALL_TOKENIZER, vocab_size=512, code_dim=64, blocks=(0, 0, 0, 1, 1), worst_values=12, worst_weight=0.1
         ),
         world_model=WorldModelConfig(layers=2, width=128, dropout=0.0),
         actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=256, standardize=True),
@@ -148,10 +145,7 @@ PRESETS = {
         world_model_from=9, world_model_batch_size=32, actor_critic_from=13, actor_critic_steps=50,
         tokenizer_learning_rate=1e-3, world_model_learning_rate=1e-3, actor_critic_learning_rate=1e-3,
         horizon=8, burn_in=2, entropy_weight=0.02, after_end=False, gamma=0.99, test_episodes=40, test_envs=40,
-        tokenizer=TokenizerConfig(
-            vocab_size=64, code_dim=32, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 0, 1), attention_at=(),
-            local_encoder=True, standardize=True,
-        ),
+        tokenizer=SMALL_TOKENIZER,
         world_model=WorldModelConfig(max_blocks=4, layers=2, width=128, dropout=0.0),
         actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=128, standardize=True),
     ),
@@ -197,11 +191,9 @@ class AtariFrames(gym.Wrapper):
             if self.life_lost or not (terminated or truncated):  # not even if the no-op step loses another life
                 self.life_lost = False
                 return frame, info
-        self.screen, info = self.env.reset(seed=seed, options=options)
+        self.env.reset(seed=seed, options=options)
         for _ in range(self.np_random.integers(1, self.noop_max + 1)):
-            self.screen, _, terminated, truncated, info = self.env.step(0)
-            if terminated or truncated:
-                self.screen, info = self.env.reset(options=options)
+            self.screen, *_, info = self.env.step(0)
         self.lives, self.life_lost = self.unwrapped.ale.lives(), False
         return resize_frame(self.screen), info
 
@@ -240,22 +232,18 @@ def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_los
     gym.logger.min_level = gym.logger.ERROR  # or each game warns that there is a v5, which has sticky actions
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     try:
-        env = gym.make(env_id)
-        is_atari = env.spec.id.endswith("NoFrameskip-v4")
-        if is_atari:
-            env.close()
-            env = gym.make(env.spec.id, max_num_frames_per_episode=max_frames)
+        env = gym.wrappers.TimeLimit(gym.make(env_id), max_frames)
     except Exception as error:  # an environment is somebody else's code and may fail in any way
         raise IrisError(f"no environment {env_id!r}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     space, actions = env.observation_space, env.action_space
     if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
         raise IrisError(f"{env_id} has the action space {actions}, and IRIS needs Discrete(n): wrap the environment")
-    if is_atari:
+    if env.spec.id.endswith("NoFrameskip-v4"):
         return AtariFrames(env, noop_max, life_loss_ends)
     shape = space.shape if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 else ()
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3)):
         raise IrisError(f"{env_id} observes {space}, and IRIS needs an image (H, W[, 1 or 3]) of uint8: wrap it")
-    return ResizedFrames(gym.wrappers.TimeLimit(env, max_frames))
+    return ResizedFrames(env)
 
 
 # --- Replay -----------------------------------------------------------------------------------------------------------
@@ -278,18 +266,18 @@ class Steps:
     def __len__(self) -> int:
         return len(self.frames)
 
-    def sample(self, rng: np.random.Generator, n: int, length: int, anchor: str, draw: str):
-        """n segments -> indices of steps (n, length), and mask (n, length), False where a segment leaves its episode.
+    def sample(self, rng: np.random.Generator, n: int, offsets: range, draw: str) -> tuple[np.ndarray, np.ndarray]:
+        """n segments of L = len(offsets) steps -> their indices (n, L), and mask (n, L), False where a segment leaves its
+        episode: padding, which repeats a step of the same episode.
 
-        An episode is drawn uniformly, or, where `draw` is "steps", in proportion to its length. With anchor "start" the
-        segment's first step is uniform over it, and padding is on the right (tokenizer, world model); with "stop" its
-        last step is, and padding is on the left (actor-critic) [paper]. Padding repeats a step of the same episode.
+        An episode is drawn uniformly [paper], or, where `draw` is "steps", in proportion to its length; then one of its
+        steps, uniformly. The segment is what lies at the offsets from that step. So it starts there with range(L), the
+        tokenizer's and the world model's, and stops there with range(1 - L, 1), the actor-critic's [paper].
         """
         lengths = self.stops - self.starts
         episodes = rng.choice(len(lengths), n, p=lengths / len(self) if draw == "steps" else None)
         starts, stops = self.starts[episodes, None], self.stops[episodes, None]  # (n, 1)
-        offsets = np.arange(length) if anchor == "start" else np.arange(1 - length, 1)
-        indices = rng.integers(starts, stops) + offsets  # (n, length)
+        indices = rng.integers(starts, stops) + np.array(offsets)  # (n, L)
         return np.clip(indices, starts, stops - 1), (indices >= starts) & (indices < stops)
 
     def frames_at(self, indices: np.ndarray, device: torch.device) -> Tensor:
@@ -306,10 +294,8 @@ class Replay(Steps):
         folder.mkdir(parents=True, exist_ok=True)
         path, wanted = folder / "steps.bin", (length or 0) * STEP.itemsize
         path.touch()
-        if length is None and path.stat().st_size:
-            raise IrisError(f"{path} holds steps that no checkpoint knows of: move {folder} away")
-        if path.stat().st_size < wanted:
-            raise IrisError(f"{path} is shorter than its checkpoint says: the run can't be resumed")
+        if path.stat().st_size < wanted or (length is None and path.stat().st_size):
+            raise IrisError(f"{path} does not belong to the run's checkpoint: move it away, and start a new run")
         os.truncate(path, wanted)
         self.file = open(path, "ab")
         self.flush()
@@ -350,7 +336,7 @@ class Run:
     game_start: int = 0  # the step of the replay at which that game started
     frame: np.ndarray | None = None  # that game's current frame, (64, 64, 3) uint8
     tokens: Tensor | None = None  # the replay's frames as tokens, (steps, K) int64 on the device
-    decoded: Tensor | None = None  # the replay's frames reconstructed, see `decode_replay`
+    decoded: Tensor | None = None  # those tokens as frames again, (steps, 64, 64, 3) uint8 on the device
     metrics: dict[str, float] = field(default_factory=dict)  # of this epoch, by their names in TensorBoard
     seconds: list[float] = field(default_factory=list)  # that epochs with all phases took
     writer: Any = None  # TensorBoard's
@@ -387,7 +373,6 @@ def train(run: Run) -> None:
 
         if run.epoch >= args.actor_critic_from:
             fit_pixels(run, agent.actor_critic)
-            decode_replay(run)
             optimise(run, "actor_critic", actor_critic_losses)
 
         if args.eval_every and run.epoch % args.eval_every == 0:
@@ -399,11 +384,11 @@ def train(run: Run) -> None:
 def tokenizer_losses(run: Run, n: int) -> tuple[dict, dict]:
     """Losses and metrics on n frames."""
     args, tokenizer = run.args, run.agent.tokenizer
-    indices, _ = run.replay.sample(run.rng, n, 1, "start", args.draw)  # (n, 1)
+    indices, _ = run.replay.sample(run.rng, n, range(1), args.draw)  # (n, 1)
     frames = run.replay.frames_at(indices[:, 0], run.device)
     z = tokenizer.encoder_outputs(frames)
     if run.lpips is None:
-        tokenizer.codebook.revive(z, args.tokenizer.revive_after * len(parts(run, "tokenizer")))
+        tokenizer.codebook.revive(z, args.tokenizer.revive_after * args.accumulate)
     return tokenizer.loss(frames, run.lpips, z), {}
 
 
@@ -422,7 +407,7 @@ def actor_critic_losses(run: Run, n: int) -> tuple[dict, dict]:
 
 def sample_sequences(run: Run, steps: Steps, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[Tensor]]:
     """n segments -> their steps' indices (n, L), and actions, rewards, ends and mask (n, L) on the device."""
-    indices, mask = steps.sample(rng, n, run.args.world_model.max_blocks, "start", run.args.draw)
+    indices, mask = steps.sample(rng, n, range(run.args.world_model.max_blocks), run.args.draw)
     columns = steps.actions[indices], steps.rewards[indices], steps.ends[indices], mask
     return indices, [torch.from_numpy(column).to(run.device) for column in columns]
 
@@ -430,31 +415,25 @@ def sample_sequences(run: Run, steps: Steps, rng: np.random.Generator, n: int) -
 def dream_from_replay(run: Run, rng: np.random.Generator, n: int) -> Rollout:
     """n dreams. Each has a segment of burn_in + 1 real frames: the last one starts it, the others warm up the LSTM."""
     args, agent = run.args, run.agent
-    segments = run.replay.sample(rng, n, args.burn_in + 1, "stop", args.draw)
+    segments = run.replay.sample(rng, n, range(-args.burn_in, 1), args.draw)
     indices, mask = (torch.from_numpy(x).to(run.device) for x in segments)  # (n, burn_in + 1)
-    state, before = agent.actor_critic.initial_state(n), indices[:, :-1].flatten()
-    if args.burn_in:
-        if run.decoded is not None:
-            frames = to_model(run.decoded[before])
-        else:
-            with torch.no_grad():  # 256 frames at a time, for a decoder's activations are large
-                frames = torch.cat([agent.tokenizer.decode(run.tokens[part]) for part in before.split(256)])
-        state = agent.actor_critic.warm_up(frames.unflatten(0, (n, args.burn_in)), mask[:, :-1])
+    state = agent.actor_critic.warm_up(to_model(run.decoded[indices[:, :-1]]), mask[:, :-1])
     first = run.dream.reset_from_tokens(run.tokens[indices[:, -1]])
     return imagine(agent.actor_critic, run.dream, first, state, args.horizon)
 
 
-def optimise(run: Run, name: Model, losses_of: Callable[[Run, int], tuple[dict, dict]]) -> None:
+def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, dict]]) -> None:
     """An epoch's optimiser steps on one model; the means of losses and metrics go to `run.metrics`. They are read from
     the device once, at the end, so that no step waits for a GPU. Raises IrisError if a loss was not finite, or a
     gradient norm, which would ruin the weights while the losses still look well."""
     args, model, optimizer = run.args, getattr(run.agent, name), run.optimizers[name]
-    steps, batch_size = getattr(args, f"{name}_steps"), getattr(args, f"{name}_batch_size")
-    run.metrics[f"charts/{name}_learning_rate"] = rate = learning_rate(args, name, run.epoch)
+    steps, batch_size, rate = (getattr(args, f"{name}_{what}") for what in ("steps", "batch_size", "learning_rate"))
+    if name == "tokenizer" and args.tokenizer_until:  # [ours] falls over the second half of its epochs
+        rate *= min(1.0, 2 * (args.tokenizer_until + 1 - run.epoch) / (args.tokenizer_until + 1 - args.tokenizer_from))
     for group in optimizer.param_groups:
         group["lr"] = rate
-    logged: dict[str, list[Tensor]] = defaultdict(list)
-    began, sizes = time.perf_counter(), parts(run, name)  # one part, unless the batch is split to save memory
+    sizes = [len(part) for part in np.array_split(np.arange(batch_size), min(batch_size, args.accumulate))]
+    began, logged = time.perf_counter(), defaultdict(list)
     model.train()
     for _ in trange(steps, desc=name, leave=False, disable=None):
         optimizer.zero_grad()
@@ -473,59 +452,34 @@ def optimise(run: Run, name: Model, losses_of: Callable[[Run, int], tuple[dict, 
         values = torch.stack(values).float().cpu()
         if not values.isfinite().all():
             step = int((~values.isfinite()).nonzero()[0, 0]) * steps // len(values) + 1
-            raise IrisError(f"{key} is not finite in epoch {run.epoch}, step {step} of the {name}: lower its learning "
-                            f"rate. {saved(run)}")  # fmt: skip
+            raise IrisError(f"{key} is not finite at step {step} of the {name}: lower its learning rate")
         run.metrics[f"losses/{key}"] = values.mean().item()
+    run.metrics[f"charts/{name}_learning_rate"] = rate
     run.metrics[f"charts/{name}_steps_per_second"] = steps / (time.perf_counter() - began)
-
-
-def learning_rate(args: Args, name: str, epoch: int) -> float:
-    """Constant [paper]; with `tokenizer_until`, the tokenizer's falls over the second half of its epochs [ours]."""
-    rate = getattr(args, f"{name}_learning_rate")
-    if name == "tokenizer" and args.tokenizer_until:
-        share_left = (args.tokenizer_until + 1 - epoch) / (args.tokenizer_until + 1 - args.tokenizer_from)
-        return rate * min(1.0, 2 * share_left)
-    return rate
-
-
-def parts(run: Run, name: Model) -> list[int]:
-    """The sizes of the parts of a batch. On a CPU the paper's are split, for memory; dreams never are."""
-    n = getattr(run.args, f"{name}_batch_size")
-    if name == "actor_critic":
-        return [n]
-    largest = {"tokenizer": 32, "world_model": 16}[name] if run.device.type == "cpu" else n
-    count = run.args.accumulate or -(-n // largest)
-    return [len(part) for part in np.array_split(np.arange(n), min(n, count))]
 
 
 def fit_pixels(run: Run, model: Tokenizer | ActorCritic) -> None:
     """Before a model's first training, and if `standardize` is set: the statistics of the replay's pixels [ours]."""
     if model.config.standardize and (model.std == 0.5).all():
-        indices, _ = run.replay.sample(run.rng, min(1024, len(run.replay)), 1, "start", run.args.draw)
+        indices, _ = run.replay.sample(run.rng, min(1024, len(run.replay)), range(1), run.args.draw)
         model.fit_pixels(run.replay.frames_at(indices[:, 0], run.device))
 
 
 def encode_replay(run: Run) -> None:
-    """The tokens of all frames. World model and actor-critic read them, so that a frame is encoded once an epoch, not
-    whenever it is sampled (525,000 times an epoch with the paper's sizes)."""
-    known = [] if run.tokens is None else [run.tokens[: len(run.tokens) // 256 * 256]]  # the same parts after a resume
-    for start in range(len(known[0]) if known else 0, len(run.replay), 256):
-        with run.autocast():
-            frames = run.replay.frames_at(np.arange(start, min(start + 256, len(run.replay))), run.device)
-            known.append(run.agent.tokenizer.encode(frames))
-    run.tokens = torch.cat(known)
+    """The tokens of all frames, and what the decoder makes of them. World model and actor-critic read these, so that a
+    frame passes through the tokenizer once an epoch, not whenever it is sampled (781,000 times with the paper's sizes);
+    while the tokenizer is not trained, only new frames do."""
+    start = 0 if run.tokens is None else len(run.tokens) // 256 * 256  # whole parts: a resumed run makes the same ones
+    tokens, decoded = ([x[:start]] if start else [] for x in (run.tokens, run.decoded))
+    for begin in range(start, len(run.replay), 256):
+        with run.autocast(), torch.no_grad():
+            frames = run.replay.frames_at(np.arange(begin, min(begin + 256, len(run.replay))), run.device)
+            tokens.append(run.agent.tokenizer.encode(frames))
+            decoded.append(to_stored(run.agent.tokenizer.decode(tokens[-1])))
+    run.tokens, run.decoded = torch.cat(tokens), torch.cat(decoded)
     counts = run.tokens.flatten().bincount(minlength=run.args.tokenizer.vocab_size).cpu()
     run.metrics["charts/codes_in_use"] = float((counts > 0).sum())
     run.metrics["charts/codes_perplexity"] = float(torch.special.entr(counts / counts.sum()).sum().exp())
-
-
-def decode_replay(run: Run) -> None:
-    """For speed: reconstructs the replay once, as uint8, if that is less work than decoding each frame that warms up an
-    LSTM (256,000 an epoch with the paper's sizes)."""
-    args, run.decoded = run.args, None
-    if len(run.replay) < args.actor_critic_steps * args.actor_critic_batch_size * args.burn_in:
-        with run.autocast(), torch.no_grad():
-            run.decoded = torch.cat([to_stored(run.agent.tokenizer.decode(part)) for part in run.tokens.split(256)])
 
 
 # --- Playing: collection and evaluation -------------------------------------------------------------------------------
@@ -545,7 +499,7 @@ def collect(run: Run) -> None:
             state = agent.actor_critic.warm_up(frames, torch.ones(frames.shape[:2], dtype=torch.bool, device=device))
 
     trained = run.epoch > args.actor_critic_from or (args.init_from and "actor_critic" in args.init_models)
-    began, lives, games, hold = time.perf_counter(), [], [], 0
+    began, games, hold = time.perf_counter(), [], 0
     for step in trange(length, length + args.collect_steps, desc="collect", leave=False, disable=None):
         with run.autocast():
             seen = to_model(torch.from_numpy(run.frame)[None].to(device))
@@ -563,8 +517,7 @@ def collect(run: Run) -> None:
         replay.append(run.frame, action, float(reward), terminated or truncated)
         run.frame = frame
         if terminated or truncated:
-            lives.append((start, step + 1))
-            start, hold, state = step + 1, 0, agent.actor_critic.initial_state(1)
+            hold, state = 0, agent.actor_critic.initial_state(1)
             if info.get("life_lost"):
                 run.frame, _ = run.env.reset()
             else:
@@ -572,8 +525,9 @@ def collect(run: Run) -> None:
                 new_game(run, step + 1)
     replay.flush()
     run.metrics["charts/SPS"] = args.collect_steps / (time.perf_counter() - began)
-    for begin, stop in lives[-10:]:
-        save_episode(run.folder / "media/episodes/train", f"step_{begin:07d}", replay.array[begin:stop])
+    for begin, stop in zip(replay.starts[-11:], replay.stops[-11:], strict=True):
+        if stop > length and replay.ends[stop - 1]:  # it ended in this epoch
+            save_episode(run.folder / "media/episodes/train", f"step_{begin:07d}", replay.array[begin:stop])
     if games:
         run.metrics["charts/episodic_return"] = np.mean([replay.rewards[begin:stop].sum() for begin, stop in games])
         run.metrics["charts/episodic_length"] = np.mean([stop - begin for begin, stop in games])
@@ -587,15 +541,15 @@ def new_game(run: Run, start: int = 0) -> None:
 
 @torch.no_grad()
 def play_test_episodes(agent: Agent, args: Args, device: torch.device, seed: int, keep: int = 2000) -> list[dict]:
-    """Whole games -> for each its return, length, and first `keep` steps, an array of STEP (all might fill the memory).
+    """Whole games -> for each its return, length, and last `keep` steps, an array of STEP (all might fill the memory).
     A round of `test_envs` games is played until the longest is over: the first games to end would be the bad ones."""
     games: list[dict] = []
     for first in trange(0, args.test_episodes, args.test_envs, desc="test episodes", leave=False, disable=None):
         n = min(args.test_envs, args.test_episodes - first)
-        envs = gym.vector.SyncVectorEnv([lambda: make_env(args.env_id, args.test_noop_max, args.test_max_frames)] * n)
+        envs = gym.vector.SyncVectorEnv([lambda: make_env(args.env_id, max_frames=args.test_max_frames)] * n)
         frames, _ = envs.reset(seed=[seed + first + i for i in range(n)])  # (n, 64, 64, 3)
         state, over = agent.actor_critic.initial_state(n), np.zeros(n, bool)
-        played = [{"return": 0.0, "length": 0, "steps": []} for _ in range(n)]
+        played = [{"return": 0.0, "length": 0, "steps": deque(maxlen=keep)} for _ in range(n)]
         while not over.all():
             actions, state = agent.act(to_model(torch.from_numpy(frames).to(device)), state, args.test_temperature)
             next_frames, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
@@ -603,11 +557,10 @@ def play_test_episodes(agent: Agent, args: Args, device: torch.device, seed: int
                 game, over[i] = played[i], terminated[i] or truncated[i]
                 game["return"] += float(rewards[i])
                 game["length"] += 1
-                if game["length"] <= keep:
-                    game["steps"].append((frames[i].copy(), actions[i].item(), rewards[i], over[i]))
+                game["steps"].append((frames[i].copy(), actions[i].item(), rewards[i], over[i]))
             frames = next_frames
         envs.close()
-        games += [game | {"steps": np.array(game["steps"], STEP)} for game in played]
+        games += [game | {"steps": np.array([*game["steps"]], STEP)} for game in played]
     return games
 
 
@@ -622,14 +575,11 @@ def evaluate(run: Run) -> None:
         returns = np.array([game["return"] for game in games])
         metrics["eval/episodic_return"], metrics["eval/episodic_return_std"] = returns.mean(), returns.std()
         metrics["eval/episodic_length"] = np.mean([game["length"] for game in games])
-        for i in sorted({int(returns.argmax()), *range(len(games))[-9:]}):
-            save_episode(episodes / "test", f"{name}_{i:02d}", games[i]["steps"], returns[i])
-        for game in games:
-            game["steps"]["ends"][-1] = 1  # also where only the first steps were kept
+        save_episode(episodes / "test", name, games[returns.argmax()]["steps"], returns.max())  # the best of them
         test, losses = Steps(np.concatenate([game["steps"] for game in games])), {}
 
         if run.epoch >= args.tokenizer_from:
-            indices, _ = test.sample(rng, 128, 1, "start", args.draw)
+            indices, _ = test.sample(rng, 128, range(1), args.draw)
             losses |= agent.tokenizer.loss(test.frames_at(indices[:, 0], run.device), run.lpips)
             frames = test.frames_at(np.linspace(0, len(test) - 1, 8).astype(int), run.device)
             rows = {"test games": frames, "reconstructions": agent.tokenizer.reconstruct(frames)}
@@ -647,31 +597,24 @@ def evaluate(run: Run) -> None:
             rows = {"test game": real[::2], "dream, same actions": torch.cat(dreamed)[::2]}
             image = labelled_rows(rows, run.folder / f"media/dreams/{name}.png")
             run.writer.add_image("dream", image, len(run.replay), dataformats="HWC")
-            rollout = dream_from_replay(run, rng, 4)
+            rollout = dream_from_replay(run, rng, 1)
             columns = to_stored(torch.stack(rollout.frames, dim=1)), rollout.actions, rollout.rewards, rollout.ends
-            for i in range(4):
-                dream = {key: column[i].cpu().numpy() for key, column in zip(STEP.names, columns, strict=True)}
-                save_episode(episodes / "imagination", f"{name}_{i:02d}", dream)
+            dream = {key: column[0].cpu().numpy() for key, column in zip(STEP.names, columns, strict=True)}
+            save_episode(episodes / "imagination", name, dream)
     metrics |= {f"eval/{key}_loss": value.item() for key, value in losses.items()}
 
 
 def save_episode(folder: Path, name: str, steps: np.ndarray | dict, total: float | None = None) -> None:
-    """Keeps an episode, whose steps have the columns of STEP, as `.npz`; of all, the last ten and the best stay.
-    `total` is the return, where these are not all its steps. Raises OSError."""
-    best = folder / "best.npz"
-    content = {key: steps[key] for key in STEP.names}
-    content["return"] = float(steps["rewards"].sum() if total is None else total)
-    try:
-        with np.load(best) as file:
-            is_best = content["return"] > float(file["return"])
-    except Exception:  # there is none, or it is damaged, for which numpy and zipfile have a dozen errors
-        is_best = True
-    path = folder / f"{name}.npz"
-    write_file(path, lambda file: np.savez_compressed(file, **content))
-    if is_best:
-        write_file(best, lambda file: file.write(path.read_bytes()))
-    for old in sorted(path for path in folder.glob("*.npz") if path != best)[:-10]:
-        old.unlink()
+    """Keeps an episode, whose steps have the columns of STEP, as `{name}_return_{total}.npz`; of all, the last ten and
+    the best stay. `total` is the return, where these are not all its steps. Raises OSError."""
+    total = float(steps["rewards"].sum() if total is None else total)
+    content = {"return": total} | {key: steps[key] for key in STEP.names}
+    write_file(folder / f"{name}_return_{total:g}.npz", lambda file: np.savez_compressed(file, **content))
+    paths = sorted(folder.glob("*_return_*.npz"))
+    best = max(paths, key=lambda path: float(path.stem.split("_return_")[1]))
+    for path in paths[:-10]:
+        if path != best:
+            path.unlink()
 
 
 def write_file(path: Path, save: Callable[[io.BytesIO], Any]) -> None:
@@ -701,25 +644,22 @@ def log(run: Run, seconds: float) -> None:
         run.writer.add_scalar(name, value, len(run.replay))
     run.writer.flush()
     shown = {
-        "charts/episodic_return": "return {:.2f}", "losses/tokenizer": "tokenizer {:.4f}",
-        "charts/codes_in_use": "{:.0f} codes", "losses/world_model": "world model {:.3f}",
-        "losses/imagined_reward": "imagined reward {:.4f}", "losses/entropy": "entropy {:.3f}",
-        "eval/episodic_return": "test return {:.2f}",
+        "charts/episodic_return": "return", "losses/tokenizer": "tokenizer", "charts/codes_in_use": "codes",
+        "losses/world_model": "world model", "losses/imagined_reward": "imagined reward", "losses/entropy": "entropy",
+        "eval/episodic_return": "test return",
     }  # fmt: skip
     line = [f"epoch {run.epoch}/{args.epochs}", f"steps {len(run.replay)}"]
-    line += [text.format(metrics[name]) for name, text in shown.items() if name in metrics] + [duration(seconds)]
+    line += [f"{label} {metrics[name]:.4g}" for name, label in shown.items() if name in metrics] + [f"{seconds:.0f} s"]
     if run.epoch >= args.actor_critic_from:  # before that, longer epochs are still to come
         run.seconds.append(seconds)
-        line.append(f"{duration((args.epochs - run.epoch) * float(np.mean(run.seconds[-10:])))} left")
+        line.append(f"{(args.epochs - run.epoch) * np.mean(run.seconds[-10:]) / 3600:.1f} h left")
     print("  ".join(line), flush=True)
 
 
-def duration(seconds: float) -> str:
-    minutes = int(seconds / 60)
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
+FORMAT = 1  # changes where checkpoints of earlier versions can't be read any more
+
+
 def checkpoint_path(run_or_checkpoint: Path | str) -> Path:
     """A run's folder, or a checkpoint itself -> the checkpoint."""
     path = Path(run_or_checkpoint)
@@ -730,8 +670,8 @@ def save_checkpoint(run: Run) -> None:
     """Writes what resuming after this epoch needs, except for the replay, which is synced first. Raises OSError."""
     run.replay.flush(to_disk=True)
     content = {
-        "args": asdict(run.args), "num_actions": run.agent.world_model.num_actions, "epoch": run.epoch,
-        "agent": run.agent.state_dict(),
+        "format": FORMAT, "args": asdict(run.args), "num_actions": run.agent.world_model.num_actions,
+        "epoch": run.epoch, "agent": run.agent.state_dict(),
         "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
         "replay_length": len(run.replay), "game_seed": run.game_seed, "game_start": run.game_start,
         "numpy_rng": json.dumps(run.rng.bit_generator.state),  # as text, for its integers have 128 bits
@@ -742,34 +682,31 @@ def save_checkpoint(run: Run) -> None:
     run.saved_epoch = run.epoch
 
 
-def read_checkpoint(path: Path) -> dict:
-    """The dictionary in a checkpoint file, on the CPU. Raises IrisError for a file that is no such thing."""
+def read_checkpoint(run_or_checkpoint: Path | str) -> tuple[dict, Args]:
+    """A run's folder, its checkpoint, or a published one -> its content, on the CPU, and its arguments: a published
+    one's are the paper's, and its game is the file's name (Breakout.pt). Raises IrisError for any other file."""
+    path = checkpoint_path(run_or_checkpoint)
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        content = dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError as error:
         raise IrisError(f"there is no checkpoint at {path}: {error.strerror}") from error
     except Exception as error:  # torch.load has half a dozen errors for a file that is cut short or of another kind
         raise IrisError(f"{path} is no readable checkpoint: it is cut short, or another kind of file") from error
-
-
-def args_from_checkpoint(checkpoint: dict, source: Path | str) -> Args:
-    """The arguments of a run. Those added since the run was made take their default. Raises IrisError."""
+    if "actor_critic.actor_linear.weight" in content:
+        return content, Args(env_id=f"{path.stem}NoFrameskip-v4")
+    if content.get("format") != FORMAT:
+        raise IrisError(f"{path} is no checkpoint of an IRIS run of this version, and not a published one")
+    values = content["args"]  # arguments added since the run was made take their default
     configs = {"tokenizer": TokenizerConfig, "world_model": WorldModelConfig, "actor_critic": ActorCriticConfig}
-    try:
-        values = checkpoint["args"]
-        return Args(**values | {name: config(**values[name]) for name, config in configs.items()})
-    except (KeyError, TypeError, ValueError) as error:
-        raise IrisError(f"{source} is no checkpoint of an IRIS run of this version ({error})") from error
+    return content, Args(**values | {name: config(**values[name]) for name, config in configs.items()})
 
 
 def restore(run: Run, checkpoint: dict) -> None:
     """Brings a run that was just built from the same arguments to where the checkpoint was written."""
     run.agent.load_state_dict(checkpoint["agent"])
     for name, optimizer in run.optimizers.items():
-        state = checkpoint["optimizers"][name]
-        for old, new in zip(state["param_groups"], optimizer.param_groups, strict=True):
-            old["weight_decay"] = new["weight_decay"]  # the command line's; `optimise` sets the learning rate
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(checkpoint["optimizers"][name])
+    run.optimizers["world_model"].param_groups[0]["weight_decay"] = run.args.world_model_weight_decay
     run.epoch = run.saved_epoch = checkpoint["epoch"]
     run.game_seed, run.game_start = checkpoint["game_seed"], checkpoint["game_start"]
     if run.epoch < run.args.collect_epochs and run.game_seed >= 0:  # play the current game again, up to where it was
@@ -798,19 +735,16 @@ def build_agent(args: Args, num_actions: int) -> Agent:
 
 
 def load_agent(run_or_checkpoint: Path | str) -> tuple[Agent, Args]:
-    """A run's folder, its checkpoint, or a published checkpoint -> the agent, in evaluation mode on the CPU, and Args.
-    For a published one, Args are the paper's, and the game is the file's name (Breakout.pt). Raises IrisError."""
-    path = checkpoint_path(run_or_checkpoint)
-    content = read_checkpoint(path)
-    try:
-        if "agent" not in content:
-            return official_agent(content), Args(env_id=f"{path.stem}NoFrameskip-v4")
-        args = args_from_checkpoint(content, path)
+    """As `read_checkpoint`, but the agent, in evaluation mode on the CPU, and its arguments."""
+    content, args = read_checkpoint(run_or_checkpoint)
+    if "format" in content:
         agent = build_agent(args, content["num_actions"])
         agent.load_state_dict(content["agent"])
         return agent, args
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise IrisError(f"{path} is no checkpoint of this version: {' '.join(str(error).split())[:200]}") from error
+    try:
+        return official_agent(content), args
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise IrisError(f"{run_or_checkpoint} is no whole published checkpoint ({error})") from error
 
 
 def init_from(agent: Agent, args: Args) -> None:
@@ -823,9 +757,8 @@ def init_from(agent: Agent, args: Args) -> None:
             getattr(agent, name).load_state_dict(getattr(source, name).state_dict())
         except RuntimeError as error:
             raise IrisError(
-                f"the {name} of {args.init_from} does not fit ({source.world_model.num_actions} actions there, "
-                f"{agent.world_model.num_actions} here): give this run the same --{name.replace('_', '-')}... "
-                "arguments, or omit it from --init-models"
+                f"the {name} of {args.init_from} does not fit (it is for {source.world_model.num_actions} actions): give "
+                f"this run its --{name.replace('_', '-')}... arguments, or omit it from --init-models"
             ) from error
 
 
@@ -840,7 +773,9 @@ def parse_args(argv: list[str]) -> Args:
     (preset, resume), _ = tyro.cli(first, args=[a for a in argv if a not in asks_for_help], return_unknown_args=True)
     if not resume or asks_for_help:
         return tyro.cli(Args, default=PRESETS[preset], args=argv)
-    saved = args_from_checkpoint(read_checkpoint(checkpoint_path(resume)), resume)
+    checkpoint, saved = read_checkpoint(resume)
+    if "format" not in checkpoint:
+        raise IrisError(f"{resume} is a published checkpoint, not a run: start a run with --init-from {resume}")
     args = tyro.cli(Args, default=saved, args=argv)
     if args.perceptual_loss == "auto":
         args.perceptual_loss = saved.perceptual_loss
@@ -854,7 +789,7 @@ def parse_args(argv: list[str]) -> Args:
 
 def check(args: Args) -> None:
     """Raises IrisError for numbers that no run can have, before a phase would fail on them hours later."""
-    least = {"seed": 0, "burn_in": 0, "accumulate": 0, "eval_every": 0, "tokenizer_until": 0, "horizon": 2}
+    least = {"seed": 0, "burn_in": 0, "eval_every": 0, "tokenizer_until": 0, "horizon": 2}
     for name, value in vars(args).items():
         flag, low = f"--{name.rstrip('_').replace('_', '-')}", least.get(name, 1) if type(value) is int else 0
         if isinstance(value, (int, float)) and not low <= value < float("inf"):
@@ -925,23 +860,17 @@ def build(args: Args) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise IrisError(f"another process is training in {folder}: stop it first, or name another --run-dir") from error
     except OSError as error:
-        raise IrisError(f"can't write into the run folder {folder}: {error.strerror}; choose a --run-dir") from error
-    checkpoint = read_checkpoint(checkpoint_path(args.resume)) if args.resume else None
-    try:
-        dream = (CompiledDream if args.compile else Dream)(agent.tokenizer, agent.world_model)
-        replay = Replay(folder / "replay", checkpoint["replay_length"] if checkpoint else None)
-        optimizers, rng = make_optimizers(agent, args), np.random.default_rng(args.seed)
-        run = Run(args, folder, lock, device, bf16, agent, optimizers, lpips, dream, env, replay, rng)
-        if checkpoint:
-            restore(run, checkpoint)
-        return run
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        if not checkpoint:
-            raise
-        raise IrisError(f"{folder} can't be resumed: its checkpoint is not one of this version ({error!r})") from error
+        why = "another process is training there" if isinstance(error, BlockingIOError) else error.strerror
+        raise IrisError(f"can't use the run folder {folder}: {why}; choose another --run-dir") from error
+    checkpoint = read_checkpoint(args.resume)[0] if args.resume else None
+    dream = (CompiledDream if args.compile else Dream)(agent.tokenizer, agent.world_model)
+    replay = Replay(folder / "replay", checkpoint["replay_length"] if checkpoint else None)
+    optimizers, rng = make_optimizers(agent, args), np.random.default_rng(args.seed)
+    run = Run(args, folder, lock, device, bf16, agent, optimizers, lpips, dream, env, replay, rng)
+    if checkpoint:
+        restore(run, checkpoint)
+    return run
 
 
 def keep_freed_memory() -> None:
@@ -954,18 +883,17 @@ def keep_freed_memory() -> None:
     mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside the heap, which are returned when freed
 
 
-def start_logs(run: Run) -> Any:
-    """Writes args.json: settled arguments, libraries' versions, the git commit. Returns TensorBoard's writer."""
+def start_logs(run: Run) -> SummaryWriter:
+    """Writes settled arguments, libraries' versions and the git commit to args.json and to TensorBoard."""
     settled = {"device": str(run.device), "precision": "bf16" if run.bf16 else "fp32"}
     settled["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")}
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     settled["git_commit"] = git.stdout.strip() or None  # where there is no git, the shell writes nothing to stdout
-    (run.folder / "args.json").write_text(json.dumps(asdict(run.args) | settled, indent=2) + "\n")
+    text = json.dumps(asdict(run.args) | settled, indent=2)
+    (run.folder / "args.json").write_text(text + "\n")
     # purge_step hides what an epoch logged that was killed before it was saved, and is played again
     writer = SummaryWriter(str(run.folder), purge_step=len(run.replay) + 1)
-    if run.epoch == 0:
-        rows = [f"|{key}|{value}|" for key, value in asdict(run.args).items()]
-        writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *rows]), 0)
+    writer.add_text("arguments", f"<pre>{text}</pre>", len(run.replay))
     return writer
 
 
@@ -973,27 +901,24 @@ def main(args: Args) -> None:
     """Trains IRIS. Raises IrisError for what a user can put right, KeyboardInterrupt when stopped."""
     run = build(args)
     try:
-        run.writer = start_logs(run)
-        if run.epoch == 0:
-            save_checkpoint(run)  # shows whether there is room for it, and can be resumed like any other
-        print(f"Run folder: {run.folder}   (tensorboard --logdir {run.folder.parent})", flush=True)
-        for name in ("tokenizer", "world_model", "actor_critic"):
-            if (start := getattr(args, f"{name}_from")) > args.epochs:
-                print(f"The {name} trains from epoch {start} on, so not within {args.epochs} epochs.", flush=True)
-        if args.preset == "paper" and run.device.type == "cpu":
-            print("The paper's sizes on a CPU take hours an epoch. --preset laptop has sizes for a CPU.", flush=True)
-        train(run)
+        with start_logs(run) as run.writer:
+            if run.epoch == 0:
+                save_checkpoint(run)  # shows whether there is room for it, and can be resumed like any other
+            print(f"Run folder: {run.folder}   (tensorboard --logdir {run.folder.parent})", flush=True)
+            for name in get_args(Model):
+                if (start := getattr(args, f"{name}_from")) > args.epochs:
+                    print(f"The {name} trains from epoch {start} on, so not within {args.epochs} epochs.", flush=True)
+            if args.preset == "paper" and run.device.type == "cpu":
+                print("The paper's sizes take hours an epoch on a CPU, for which --preset laptop is made.", flush=True)
+            train(run)
         print(f"Done: {args.epochs} epochs, {len(run.replay)} environment steps. The agent: {run.folder}/checkpoint.pt")
     except KeyboardInterrupt:
         print(f"\nStopped in epoch {run.epoch}. {saved(run)}")
         raise
+    except IrisError as error:
+        raise IrisError(f"{error}. {saved(run)}") from error
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = "the disk is full" if full else f"the run folder failed ({error})"
-        raise IrisError(f"{what}. {saved(run)}") from error
-    finally:
-        if run.writer:
-            run.writer.close()
+        raise IrisError(f"can't write into the run folder: {error.strerror or error}. {saved(run)}") from error
 
 
 def saved(run: Run) -> str:

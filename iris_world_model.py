@@ -332,7 +332,7 @@ class CompiledDream(Dream):
 
 
 # --- The lesson: python iris_world_model.py trains a small world model on the game of Catch ---------------------------
-def lesson(steps: int = 800, out: Path = Path("runs/lessons/world_model.png")) -> None:
+def lesson(steps: int = 1600, out: Path = Path("runs/lessons/world_model.png")) -> None:
     from iris_tokenizer import labelled_rows, play_catch, train_small_tokenizer
 
     torch.manual_seed(0)
@@ -342,15 +342,17 @@ def lesson(steps: int = 800, out: Path = Path("runs/lessons/world_model.png")) -
     mask = torch.ones(700, 7, dtype=torch.bool)  # all episodes have 7 steps, so there is no padding
     data, train, test = (tokens, actions, rewards, ends, mask), torch.arange(600), torch.arange(600, 700)
 
-    world_model = WorldModel(64, 3, WorldModelConfig(max_blocks=7, layers=2, width=128, dropout=0.0))
-    optimizer = torch.optim.AdamW(world_model.parameter_groups(weight_decay=0.01), lr=1e-3)
+    world_model = WorldModel(64, 3, WorldModelConfig(max_blocks=7, layers=2, width=64, dropout=0.0))
+    optimizer = torch.optim.AdamW(world_model.parameter_groups(weight_decay=0.01))
     for step in range(1, steps + 1):
+        for group in optimizer.param_groups:  # the learning rate rises, stays, and falls to 0
+            group["lr"] = 3e-3 * min(1.0, step / 100, 2 * (1 - step / steps))
         batch = train[torch.randint(len(train), (16,))]
         losses = world_model.loss(*(column[batch] for column in data))
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-        if step % 100 == 0:
+        if step % 200 == 0:
             print(f"world model step {step:4d}   " + "   ".join(f"{k} {v.item():.3f}" for k, v in losses.items()))
 
     # Test episodes are dreamed from their first frames, under the same actions.

@@ -444,7 +444,7 @@ def measure(options: Options) -> dict:
             rng = np.random.default_rng(0)
 
             def draw() -> None:
-                indices, _ = replay.sample(rng, args.tokenizer_batch_size, 1, "start", args.draw)
+                indices, _ = replay.sample(rng, args.tokenizer_batch_size, range(1), args.draw)
                 replay.frames_at(indices[:, 0], device)
 
             return {"seconds": timed(draw, device, 10)}

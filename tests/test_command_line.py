@@ -105,7 +105,7 @@ def test_a_short_run_leaves_everything_that_the_run_folder_promises(finished):
     saved = json.loads((folder / "args.json").read_text())
     assert saved["perceptual_loss"] == "pixel" and saved["collect_steps"] == 25 and saved["versions"]["torch"]
     assert saved["precision"] == "fp32" and saved["device"] == "cpu" and saved["world_model"]["layers"] == 1
-    for kind, count in (("test", 4), ("imagination", 8)):
+    for kind, count in (("test", 2), ("imagination", 2)):
         episodes = sorted((folder / f"media/episodes/{kind}").glob("epoch*.npz"))
         assert len(episodes) == count
         episode = np.load(episodes[-1])
@@ -113,7 +113,7 @@ def test_a_short_run_leaves_everything_that_the_run_folder_promises(finished):
         assert episode["frames"].shape == (length, 64, 64, 3) and episode["frames"].dtype == np.uint8
         assert len(episode["actions"]) == len(episode["rewards"]) == len(episode["ends"]) == length
         assert episode["return"] == episode["rewards"].sum()
-    assert list((folder / "media/episodes/train").glob("best.npz"))
+    assert list((folder / "media/episodes/train").glob("step_*_return_*.npz"))
     picture = cv2.imread(str(folder / "media/reconstructions/epoch_0004.png"))
     assert picture.shape == (2 * 66 * 2, 150 + 8 * 66 * 2, 3)  # labels, and 8 frames of twice their size
     assert cv2.imread(str(folder / "media/dreams/epoch_0004.png")).shape == (2 * 66 * 2, 150 + 2 * 66 * 2, 3)
@@ -145,7 +145,7 @@ def test_tensorboard_file_of_a_short_run_holds_scalars_images_and_arguments(fini
     strip = cv2.imdecode(np.frombuffer(events.Images("dream")[0].encoded_image_string, np.uint8), 1)
     assert strip.shape == (2 * 66 * 2, 150 + 2 * 66 * 2, 3)  # every other one of 3 frames, of the game and dreamed
     text = events.Tensors("arguments/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "|world_model_steps|2|" in text
+    assert '"world_model_steps": 2,' in text
 
 
 def test_a_run_killed_twice_and_resumed_ends_bit_for_bit_as_one_never_interrupted(finished, tmp_path):
@@ -199,7 +199,7 @@ def test_a_full_disk_while_saving_is_one_clear_line_and_the_last_checkpoint_surv
     assert train(*FAST, *COUNTER, "--epochs", 1, "--run-dir", folder).returncode == 0
     before = (folder / "checkpoint.pt").read_bytes()
     (folder / "checkpoint.tmp").symlink_to("/dev/full")
-    assert_one_clear_line(train("--resume", folder, "--epochs", 2), "disk is full. Epoch 1 is saved")
+    assert_one_clear_line(train("--resume", folder, "--epochs", 2), "can't write into the run folder: No space left on device. Epoch 1 is saved")
     assert (folder / "checkpoint.pt").read_bytes() == before
     assert not os.path.lexists(folder / "checkpoint.tmp")  # what was written so far would only fill the disk
     assert train("--resume", folder, "--epochs", 2).returncode == 0
@@ -214,7 +214,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_clear_line_too(tmp_path, kilo
         ["bash", "-c", f"ulimit -f {kilobytes}; exec \"$@\"", "bash", *command],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    assert_one_clear_line(result, "disk is full. (Nothing was|Epoch 0 is) saved")
+    assert_one_clear_line(result, "can't write into the run folder: File too large. (Nothing was|Epoch 0 is) saved")
 
 
 def test_a_loss_that_explodes_stops_the_run_by_name_and_keeps_the_last_checkpoint(tmp_path):
@@ -222,7 +222,7 @@ def test_a_loss_that_explodes_stops_the_run_by_name_and_keeps_the_last_checkpoin
     result = train(
         *FAST, *COUNTER, "--epochs", 3, "--run-dir", folder, "--world-model-from", 2, "--world-model-learning-rate", 1e30
     )
-    assert_one_clear_line(result, r"error: \w+ is not finite in epoch 2, step 2 of the world_model.*Epoch 1 is saved")
+    assert_one_clear_line(result, r"error: \w+ is not finite at step 2 of the world_model.*Epoch 1 is saved")
     content = checkpoint(folder)
     assert content["epoch"] == 1 and all(w.isfinite().all() for w in content["agent"].values() if w.is_floating_point())
 
@@ -246,15 +246,15 @@ BAD_INPUT = {
     "no checkpoint": (["--init-from", "FILES/none.pt"], "there is no checkpoint at"),
     "truncated checkpoint": (["--init-from", "FILES/cut.pt"], "cut short"),
     "no checkpoint at all": (["--init-from", "FILES/text.pt"], "no readable checkpoint"),
-    "foreign checkpoint": (["--init-from", "FILES/other.pt"], "is no checkpoint of this version"),
-    "other actions": (["--init-from", "FILES/Pong.pt"], r"world_model of .*Pong.pt does not fit \(6 actions there, 4 here\)"),
-    "other sizes": (["--init-from", "RUN"], "tokenizer of .* does not fit .*--tokenizer... arguments, or omit it from --init-models"),
+    "foreign checkpoint": (["--init-from", "FILES/other.pt"], "is no checkpoint of an IRIS run of this version, and not a published one"),
+    "other actions": (["--init-from", "FILES/Pong.pt"], r"world_model of .*Pong.pt does not fit \(it is for 6 actions\)"),
+    "other sizes": (["--init-from", "RUN"], "tokenizer of .* does not fit .*its --tokenizer... arguments, or omit it from --init-models"),
     "nothing to resume": (["--resume", "FILES/nowhere"], "there is no checkpoint at"),
     "resume of another game": (["--resume", "RUN", "--env-id", "PongNoFrameskip-v4"], "env_id Breakout.*not Pong"),
     "resume elsewhere": (["--resume", "RUN", "--run-dir", "/tmp/x"], "is a run with run_dir .*, not /tmp/x: leave that out"),
     "resume with other sizes": (["--resume", "RUN", "--world-model.layers", "3"], "is a run with world_model"),
     "a run already there": (["--run-dir", "RUN"], "holds a run already"),
-    "unwritable run folder": (["--run-dir", "/dev/null/run"], "can't write into the run folder"),
+    "unwritable run folder": (["--run-dir", "/dev/null/run"], "can't use the run folder /dev/null/run: Not a directory"),
     "no such device": (["--device", "quantum"], "--device quantum is not available here"),
     "lpips insisted on": (["--perceptual-loss", "lpips"], "vgg16-397923af.pth .* and lpips_v0.1_vgg.pth"),
     "no compiler": (["--device", "cpu", "--compile"], "install g\\+\\+"),
@@ -318,7 +318,7 @@ def test_paper_sizes_go_through_every_phase_on_a_cpu_and_warn_of_the_wait(tmp_pa
         *(word for flag in one for word in (flag, 1)), "--eval-every", 1, "--test-episodes", 1, "--test-max-frames", 60,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert re.search(r"paper's sizes on a CPU take hours an epoch. --preset laptop", result.stdout)
+    assert re.search(r"paper's sizes take hours an epoch on a CPU, for which --preset laptop", result.stdout)
     assert "Done: 1 epochs, 5 environment steps" in result.stdout
     sizes = {name: 0 for name in ("tokenizer", "world_model", "actor_critic")}
     for name, weight in checkpoint(folder)["agent"].items():

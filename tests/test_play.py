@@ -285,7 +285,7 @@ class Script:
 
 def scripted(breakout, tmp_path, pressed, held=(), seed=1, **changes):
     agent, train_args = load_agent(breakout)
-    env = make_env(train_args.env_id, train_args.test_noop_max, train_args.test_max_frames)
+    env = make_env(train_args.env_id, max_frames=train_args.test_max_frames)
     names = iris_play.action_names(env)
     screen = Script(pressed, held)
     controllers = [Person(names), AgentPlayer(agent, names, 0.5)]
