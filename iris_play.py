@@ -178,7 +178,8 @@ class Game:
 
     def look(self, frame: np.ndarray) -> View:
         seen = self.agent.tokenizer.reconstruct(to_model(torch.from_numpy(frame)[None].to(self.device)))
-        panels = [self.env.screen, frame, to_stored(seen)[0].cpu().numpy()]
+        screen = np.atleast_3d(self.env.screen)  # (H, W, 1 or 3)
+        panels = [np.repeat(screen, 3 // screen.shape[2], axis=2), frame, to_stored(seen)[0].cpu().numpy()]
         return View(panels if self.three_panels else panels[:1], frame, seen)
 
     def reset(self) -> View:

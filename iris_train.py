@@ -79,9 +79,8 @@ class Args:
     collect_steps: int = 200  # Environment steps played in each of them; 500 x 200 is the 100,000 of Atari 100k
     collect_epsilon: float = 0.01  # Probability of a uniformly random action while collecting
     collect_temperature: float = 1.0  # Temperature of the policy while collecting
-    # [ours] Before the actor-critic is trained, each action is repeated for 1 to so many steps, k with a probability
-    # proportional to 1 / k^2 (temporally extended exploration, arXiv 2006.01782): games like Freeway need it
-    collect_hold: int = 1
+    # [ours] Until the actor-critic is trained, an action is held for k steps, 1 to so many, with a probability
+    collect_hold: int = 1  # proportional to 1 / k^2 (arXiv 2006.01782): games like Freeway need such exploration
     noop_max: int = 30  # Training games start with 1 to so many no-ops
     max_frames: int = 20_000  # Frames after which a training game is cut off; raw ones in an Atari game
     draw: Literal["episodes", "steps"] = "episodes"  # Uniform draws of the replay's episodes [paper] or steps [ours]
@@ -157,11 +156,11 @@ FRAME_SPACE = gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
 
 
 def resize_frame(image: np.ndarray) -> np.ndarray:
-    """Image (H, W, 3) uint8 -> frame (64, 64, 3) uint8. Published agents saw Pillow's resize: this differs by one level
-    of 255 at most, and the area resize of gymnasium's AtariPreprocessing by up to 90, just where Breakout's ball is."""
-    x = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    """Image (H, W[, 1 or 3]) uint8 -> frame (64, 64, 3) uint8. Published agents saw Pillow's resize. This differs by a
+    level of 255 at most, gymnasium's AtariPreprocessing (area resize) by up to 90, just where Breakout's ball is."""
+    x = torch.from_numpy(image.reshape(*image.shape[:2], -1)).permute(2, 0, 1)[None]  # (1, 1 or 3, H, W)
     x = F.interpolate(x, size=(FRAME_SIZE, FRAME_SIZE), mode="bilinear", antialias=True)
-    return x[0].permute(1, 2, 0).contiguous().numpy()
+    return x[0].permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
 
 
 def to_model(frames: Tensor) -> Tensor:
@@ -174,16 +173,19 @@ def to_stored(frames: Tensor) -> Tensor:
     return frames.mul(255).round().clamp(0, 255).byte().movedim(-3, -1)
 
 
-class AtariFrames(gym.Wrapper):
-    """A `...NoFrameskip-v4` game as IRIS sees it. An action lasts 4 raw frames; the observation is the maximum of the
-    last two, each resized first (some objects are drawn in every other raw frame only). With `life_loss_ends` a lost
-    life terminates the episode, but not the game: `info["life_lost"]` is True, and `reset()` goes on with one no-op
-    step. `reset(seed=...)` always starts a new game. `screen` is the latest image, (210, 160, 3) uint8."""
+class GameFrames(gym.Wrapper):
+    """A game as IRIS sees it: frames (64, 64, 3) uint8. `screen` is the latest image, (H, W[, 1 or 3]) uint8. In a
+    `...NoFrameskip-v4` game an action lasts 4 raw frames; the frame is the maximum of the last two, each resized first
+    (some objects are drawn in every other one only). With `life_loss_ends` a lost life terminates the episode, but not
+    the game: `info["life_lost"]` is True, and `reset()` goes on with one no-op step; `reset(seed=...)` always starts a
+    new game. In any other game an action lasts one step, and there are no no-ops and no lives."""
+
+    observation_space = FRAME_SPACE
 
     def __init__(self, env: gym.Env, noop_max: int, life_loss_ends: bool):
         super().__init__(env)
-        self.noop_max, self.life_loss_ends, self.life_lost = noop_max, life_loss_ends, False
-        self.observation_space = FRAME_SPACE
+        self.atari = env.spec.id.endswith("NoFrameskip-v4")
+        self.noop_max, self.life_loss_ends, self.life_lost = noop_max, life_loss_ends and self.atari, False
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         if self.life_lost and seed is None:
@@ -191,15 +193,15 @@ class AtariFrames(gym.Wrapper):
             if self.life_lost or not (terminated or truncated):  # not even if the no-op step loses another life
                 self.life_lost = False
                 return frame, info
-        self.env.reset(seed=seed, options=options)
-        for _ in range(self.np_random.integers(1, self.noop_max + 1)):
+        self.screen, info = self.env.reset(seed=seed, options=options)
+        for _ in range(self.np_random.integers(1, self.noop_max + 1) if self.atari else 0):
             self.screen, *_, info = self.env.step(0)
-        self.lives, self.life_lost = self.unwrapped.ale.lives(), False
+        self.lives, self.life_lost = self.unwrapped.ale.lives() if self.atari else 0, False
         return resize_frame(self.screen), info
 
     def step(self, action: int):
         images, total = [], 0.0
-        for _ in range(4):
+        for _ in range(4 if self.atari else 1):
             image, reward, terminated, truncated, info = self.env.step(action)
             images.append(image)
             total += float(reward)
@@ -207,21 +209,10 @@ class AtariFrames(gym.Wrapper):
                 break
         frame = np.maximum.reduce([resize_frame(image) for image in images[-2:]])
         self.screen = np.maximum.reduce(images[-2:])
-        lives = self.unwrapped.ale.lives()
-        self.life_lost = self.life_loss_ends and 0 < lives < self.lives and not (terminated or truncated)
-        self.lives = lives
+        if self.life_loss_ends:
+            lives, before = self.unwrapped.ale.lives(), self.lives
+            self.lives, self.life_lost = lives, 0 < lives < before and not (terminated or truncated)
         return frame, total, terminated or self.life_lost, truncated, {**info, "life_lost": self.life_lost}
-
-
-class ResizedFrames(gym.ObservationWrapper):
-    """Any other game: images (H, W[, 1 or 3]) uint8 become frames. `screen` is the latest image, (H, W, 3)."""
-
-    observation_space = FRAME_SPACE
-
-    def observation(self, image: np.ndarray) -> np.ndarray:
-        image = image.reshape(*image.shape[:2], -1)  # (H, W, 1 or 3)
-        self.screen = np.repeat(image, 3 // image.shape[2], axis=2)
-        return resize_frame(self.screen)
 
 
 def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_loss_ends: bool = False) -> gym.Env:
@@ -238,12 +229,10 @@ def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_los
     space, actions = env.observation_space, env.action_space
     if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
         raise IrisError(f"{env_id} has the action space {actions}, and IRIS needs Discrete(n): wrap the environment")
-    if env.spec.id.endswith("NoFrameskip-v4"):
-        return AtariFrames(env, noop_max, life_loss_ends)
     shape = space.shape if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 else ()
-    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3)):
+    if len(shape) < 2 or shape[2:] not in ((), (1,), (3,)):
         raise IrisError(f"{env_id} observes {space}, and IRIS needs an image (H, W[, 1 or 3]) of uint8: wrap it")
-    return ResizedFrames(env)
+    return GameFrames(env, noop_max, life_loss_ends)
 
 
 # --- Replay -----------------------------------------------------------------------------------------------------------
@@ -267,13 +256,12 @@ class Steps:
         return len(self.frames)
 
     def sample(self, rng: np.random.Generator, n: int, offsets: range, draw: str) -> tuple[np.ndarray, np.ndarray]:
-        """n segments of L = len(offsets) steps -> their indices (n, L), and mask (n, L), False where a segment leaves its
-        episode: padding, which repeats a step of the same episode.
+        """n segments of L = len(offsets) steps -> their indices (n, L), and mask (n, L), False for padding.
 
         An episode is drawn uniformly [paper], or, where `draw` is "steps", in proportion to its length; then one of its
-        steps, uniformly. The segment is what lies at the offsets from that step. So it starts there with range(L), the
-        tokenizer's and the world model's, and stops there with range(1 - L, 1), the actor-critic's [paper].
-        """
+        steps, uniformly. The segment is what lies at the offsets from that step: it starts there with range(L), as the
+        world model's do, or stops there with range(1 - L, 1), as the actor-critic's do [paper]. What lies outside of
+        the episode is padding, which repeats its first or last step."""
         lengths = self.stops - self.starts
         episodes = rng.choice(len(lengths), n, p=lengths / len(self) if draw == "steps" else None)
         starts, stops = self.starts[episodes, None], self.stops[episodes, None]  # (n, 1)
@@ -334,15 +322,19 @@ class Run:
     saved_epoch: int | None = None  # the epoch of the checkpoint on disk
     game_seed: int = -1  # of the training game that is being played; -1 before the first
     game_start: int = 0  # the step of the replay at which that game started
-    frame: np.ndarray | None = None  # that game's current frame, (64, 64, 3) uint8
+    frame: np.ndarray | None = None  # that game's current frame, (64, 64, 3) uint8; None: a new game is due
     tokens: Tensor | None = None  # the replay's frames as tokens, (steps, K) int64 on the device
     decoded: Tensor | None = None  # those tokens as frames again, (steps, 64, 64, 3) uint8 on the device
     metrics: dict[str, float] = field(default_factory=dict)  # of this epoch, by their names in TensorBoard
-    seconds: list[float] = field(default_factory=list)  # that epochs with all phases took
     writer: Any = None  # TensorBoard's
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def saved(self) -> str:
+        """What of a run that stops is on disk."""
+        go_on = f"Epoch {self.saved_epoch} is saved; go on with: python iris_train.py --resume {self.folder}"
+        return f"Nothing was saved in {self.folder}" if self.saved_epoch is None else go_on
 
 
 def train(run: Run) -> None:
@@ -365,8 +357,7 @@ def train(run: Run) -> None:
             optimise(run, "tokenizer", tokenizer_losses)
             run.tokens = None  # those in `run.tokens` are another tokenizer's
 
-        if run.epoch >= min(args.tokenizer_from, args.world_model_from, args.actor_critic_from):
-            encode_replay(run)
+        encode_replay(run)
 
         if run.epoch >= args.world_model_from:
             optimise(run, "world_model", world_model_losses)
@@ -466,9 +457,8 @@ def fit_pixels(run: Run, model: Tokenizer | ActorCritic) -> None:
 
 
 def encode_replay(run: Run) -> None:
-    """The tokens of all frames, and what the decoder makes of them. World model and actor-critic read these, so that a
-    frame passes through the tokenizer once an epoch, not whenever it is sampled (781,000 times with the paper's sizes);
-    while the tokenizer is not trained, only new frames do."""
+    """The tokens of all frames, and what the decoder makes of them, for world model and actor-critic. So a frame passes
+    through the tokenizer once an epoch, and once at all when its training is over, not whenever it is sampled."""
     start = 0 if run.tokens is None else len(run.tokens) // 256 * 256  # whole parts: a resumed run makes the same ones
     tokens, decoded = ([x[:start]] if start else [] for x in (run.tokens, run.decoded))
     for begin in range(start, len(run.replay), 256):
@@ -486,8 +476,6 @@ def encode_replay(run: Run) -> None:
 def collect(run: Run) -> None:
     """Plays `collect_steps` of the training game into the replay, where an Atari episode is a single life."""
     args, agent, replay, device = run.args, run.agent, run.replay, run.device
-    if run.frame is None:
-        new_game(run)
     # The LSTM and the tokenizer have changed since the last epoch: compute the state anew from the latest frames.
     length = len(replay)
     start = int(replay.starts[-1]) if length and not replay.ends[-1] else length  # of the current episode
@@ -501,6 +489,9 @@ def collect(run: Run) -> None:
     trained = run.epoch > args.actor_critic_from or (args.init_from and "actor_critic" in args.init_models)
     began, games, hold = time.perf_counter(), [], 0
     for step in trange(length, length + args.collect_steps, desc="collect", leave=False, disable=None):
+        if run.frame is None:  # a new game, with a seed of its own, from which a resumed run can repeat it
+            run.game_seed, run.game_start = int(run.rng.integers(2**31)), step
+            run.frame, _ = run.env.reset(seed=run.game_seed)
         with run.autocast():
             seen = to_model(torch.from_numpy(run.frame)[None].to(device))
             actions, state = agent.act(seen, state, args.collect_temperature)
@@ -518,11 +509,9 @@ def collect(run: Run) -> None:
         run.frame = frame
         if terminated or truncated:
             hold, state = 0, agent.actor_critic.initial_state(1)
-            if info.get("life_lost"):
-                run.frame, _ = run.env.reset()
-            else:
+            if not info["life_lost"]:
                 games.append((run.game_start, step + 1))
-                new_game(run, step + 1)
+            run.frame = run.env.reset()[0] if info["life_lost"] else None
     replay.flush()
     run.metrics["charts/SPS"] = args.collect_steps / (time.perf_counter() - began)
     for begin, stop in zip(replay.starts[-11:], replay.stops[-11:], strict=True):
@@ -531,12 +520,6 @@ def collect(run: Run) -> None:
     if games:
         run.metrics["charts/episodic_return"] = np.mean([replay.rewards[begin:stop].sum() for begin, stop in games])
         run.metrics["charts/episodic_length"] = np.mean([stop - begin for begin, stop in games])
-
-
-def new_game(run: Run, start: int = 0) -> None:
-    """Resets the training game with a seed of its own, from which a resumed run can repeat it."""
-    run.game_seed, run.game_start = int(run.rng.integers(2**31)), start
-    run.frame, _ = run.env.reset(seed=run.game_seed)
 
 
 @torch.no_grad()
@@ -612,9 +595,8 @@ def save_episode(folder: Path, name: str, steps: np.ndarray | dict, total: float
     write_file(folder / f"{name}_return_{total:g}.npz", lambda file: np.savez_compressed(file, **content))
     paths = sorted(folder.glob("*_return_*.npz"))
     best = max(paths, key=lambda path: float(path.stem.split("_return_")[1]))
-    for path in paths[:-10]:
-        if path != best:
-            path.unlink()
+    for path in {*paths[:-10]} - {best}:
+        path.unlink()
 
 
 def write_file(path: Path, save: Callable[[io.BytesIO], Any]) -> None:
@@ -651,8 +633,7 @@ def log(run: Run, seconds: float) -> None:
     line = [f"epoch {run.epoch}/{args.epochs}", f"steps {len(run.replay)}"]
     line += [f"{label} {metrics[name]:.4g}" for name, label in shown.items() if name in metrics] + [f"{seconds:.0f} s"]
     if run.epoch >= args.actor_critic_from:  # before that, longer epochs are still to come
-        run.seconds.append(seconds)
-        line.append(f"{(args.epochs - run.epoch) * np.mean(run.seconds[-10:]) / 3600:.1f} h left")
+        line.append(f"{(args.epochs - run.epoch) * seconds / 3600:.1f} h left")
     print("  ".join(line), flush=True)
 
 
@@ -714,9 +695,9 @@ def restore(run: Run, checkpoint: dict) -> None:
         for step in range(run.game_start, len(run.replay)):
             if not np.array_equal(run.frame, run.replay.frames[step]):
                 raise IrisError(f"{run.args.env_id} does not repeat a game from its seed: the run can't be resumed")
-            run.frame, _, terminated, truncated, _ = run.env.step(int(run.replay.actions[step]))
-            if terminated or truncated:  # a life was lost; after the end of a game, another seed would have started
-                run.frame, _ = run.env.reset()
+            run.frame, _, terminated, truncated, info = run.env.step(int(run.replay.actions[step]))
+            if terminated or truncated:
+                run.frame = run.env.reset()[0] if info["life_lost"] else None
     # Last, because building and playing may have drawn random numbers.
     run.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
     torch.set_rng_state(checkpoint["torch_rng"])
@@ -757,8 +738,8 @@ def init_from(agent: Agent, args: Args) -> None:
             getattr(agent, name).load_state_dict(getattr(source, name).state_dict())
         except RuntimeError as error:
             raise IrisError(
-                f"the {name} of {args.init_from} does not fit (it is for {source.world_model.num_actions} actions): give "
-                f"this run its --{name.replace('_', '-')}... arguments, or omit it from --init-models"
+                f"the {name} of {args.init_from} does not fit (it is for {source.world_model.num_actions} actions): "
+                f"give this run its --{name.replace('_', '-')}... arguments, or omit it from --init-models"
             ) from error
 
 
@@ -913,19 +894,12 @@ def main(args: Args) -> None:
             train(run)
         print(f"Done: {args.epochs} epochs, {len(run.replay)} environment steps. The agent: {run.folder}/checkpoint.pt")
     except KeyboardInterrupt:
-        print(f"\nStopped in epoch {run.epoch}. {saved(run)}")
+        print(f"\nStopped in epoch {run.epoch}. {run.saved()}")
         raise
     except IrisError as error:
-        raise IrisError(f"{error}. {saved(run)}") from error
+        raise IrisError(f"{error}. {run.saved()}") from error
     except OSError as error:
-        raise IrisError(f"can't write into the run folder: {error.strerror or error}. {saved(run)}") from error
-
-
-def saved(run: Run) -> str:
-    """What of a run that stops is on disk, in one line."""
-    if run.saved_epoch is None:
-        return f"Nothing was saved in {run.folder}"
-    return f"Epoch {run.saved_epoch} is saved; go on from there with: python iris_train.py --resume {run.folder}"
+        raise IrisError(f"can't write into the run folder: {error.strerror or error}. {run.saved()}") from error
 
 
 if __name__ == "__main__":
