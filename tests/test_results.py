@@ -1,13 +1,12 @@
 """The promises of the scripts in results/."""
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import aggregate
+
 RESULTS = Path(__file__).parents[1] / "results"
-sys.path.insert(0, str(RESULTS))
-import aggregate  # noqa: E402
 
 
 def published_runs():

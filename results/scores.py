@@ -1,6 +1,6 @@
 """Plays test games with the agents of runs, and as many at random in the same harness; keeps every score.
 
-    python tests/scores.py runs/a runs/b ... --csv results/scores.csv
+    python results/scores.py runs/a runs/b ... --csv results/scores.csv
 
 A run counts as better than chance where its mean lies outside the 95% bootstrap interval of the random player's mean.
 Whether it looks at the screen is another question: who always goes right scores 8 on Breakout. So beside each agent plays

@@ -1,6 +1,6 @@
 """Draws learning curves from the TensorBoard files of runs, and keeps their numbers.
 
-    python tests/curves.py runs/a runs/b ... --png results/catch.png --csv results/catch.csv --random -0.75
+    python results/curves.py runs/a runs/b ... --png results/catch.png --csv results/catch.csv --random -0.75
 
 Each run is a thin line, the mean over the runs of a game a thick one. Numbers that were kept can be drawn again, beside
 new runs: name the CSV like a run.

@@ -3,8 +3,8 @@
 Where this learns and a run does not, the dream is at fault; where neither does, the policy step. It needs play without
 end, 320 steps an update, so it says nothing of sample efficiency.
 
-    python tests/control.py --env-id BreakoutNoFrameskip-v4 --updates 1250       # seven minutes on one core
-    python tests/control.py --no-standardize                                     # as published: nothing learned by then
+    python results/control.py --env-id BreakoutNoFrameskip-v4 --updates 1250       # seven minutes on one core
+    python results/control.py --no-standardize                                     # as published: nothing learned by then
 """
 import sys
 import time

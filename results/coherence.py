@@ -1,6 +1,6 @@
 """How long does a dream stay with the real game? Measures what `iris_world_model.Dream` keeps when its context is full.
 
-    python tests/coherence.py --run-dir runs/...
+    python results/coherence.py --run-dir runs/...
 
 The agent plays real games. Dreams begin with the first frames of their segments and are given the same actions; each
 of their frames is held against the real one. Done twice on the same segments: once the project's way, which refills a

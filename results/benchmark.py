@@ -1,4 +1,4 @@
-"""How fast is it, and against what? `python tests/benchmark.py` (a quarter of an hour on two cores); README, "Speed".
+"""How fast is it, and against what? `python results/benchmark.py` (a quarter of an hour on two cores); README, "Speed".
 
 It measures the project beside a plain version of the same mathematics, written below as one would write it first:
 separate products for queries, keys and values, attention as a masked softmax, a cache that grows by copying, 17 passes
