@@ -1,18 +1,19 @@
 """Chapter 2 of IRIS: a GPT learns to predict the game, token by token, and can then be played in its place.
 
 With frames written as 16 tokens each (chapter 1), a game is one long sequence: 16 tokens of a frame, one token for the
-action, 16 tokens of the next frame, and so on. This file trains a GPT on such sequences. It predicts the next frame
-token wherever one follows, and at each action also the reward and whether the episode ends (IRIS, arXiv 2209.00588,
-section 2.2). `Dream` samples from these predictions, action by action: an environment that exists in the model alone.
+action, 16 tokens of the next frame, and so on. This file trains a GPT on such sequences. At each position that a frame
+token follows, it predicts that token; at each action also the reward and whether the episode ends (IRIS, arXiv
+2209.00588, section 2.2). `Dream` samples from these predictions: an environment that exists in the model alone.
 
     z1 .. z16 = tokens of a frame, a = action; a block is 16 z and 1 a; the context is 20 blocks = 340 positions
+    In comments: N sequences, L blocks, K = 16 tokens a frame, T positions, V codes, A actions, C width
 
     input        z1   z2  ...  z15  z16   a  |  z1   z2  ...
                   |    |         |    |   |      |    |
                 [ 10 transformer layers; a position attends to itself and to all positions before it ]
                   |    |         |    |   |      |    |
     prediction   z2   z3  ...  z16    -   z1    z2   z3  ...     at z16 nothing: the next token is the agent's action
-                                       reward, end               at a also these two
+                                       reward, end               at a: reward and end as well
 
 Run it:    python iris_world_model.py     (two minutes on one core; needs iris_tokenizer.py and opencv-python)
 Reuse it:  copy this file; it needs torch only. `Dream` takes any tokenizer that has `encode` and `decode`.
@@ -24,13 +25,14 @@ Reuse it:  copy this file; it needs torch only. `Dream` takes any tokenizer that
     rewards, ends, mask = torch.zeros(2, 20), torch.zeros(2, 20), torch.ones(2, 20, dtype=torch.bool)
     sum(world_model.loss(tokens, actions, rewards, ends, mask).values()).backward()
 
-With a tokenizer (chapter 1) it is an environment: `dream = Dream(tokenizer, world_model)`, then
-`frames = dream.reset(frames)` and, again and again, `frames, rewards, ends = dream.step(actions)`.
+With a tokenizer of V codes (chapter 1) it is an environment: `dream = Dream(tokenizer.eval(), world_model.eval())`,
+then `frames = dream.reset(frames)` and, again and again, `frames, rewards, ends = dream.step(actions)`.
 
-Rules. A training sequence lies within one episode; where that is shorter, padding follows on the right, to which no
-earlier position attends. Gradients reach this model's weights only: tokens are integers, and a dream has no gradient.
-Dropout and a dream's samples draw from torch's global generator. The paper trains with AdamW, rate 1e-4, weight decay
-0.01, 64 sequences a step, gradient norm clipped at 10. [paper] is IRIS or its code, [ours] is not.
+Rules. A training sequence lies within one episode; a shorter one is padded on the right, where the causal mask hides it
+from real steps. Gradients reach this model's weights only: tokens are integers, and a dream has no gradient. Dropout
+and a dream's samples draw from torch's global generator. The paper trains with AdamW, rate 1e-4, weight decay 0.01, 64
+sequences a step, gradient norm clipped at 10. [paper] is IRIS or its code, [ours] is not; the single embedding table,
+Gumbel sampling and the cache are ours as well, and compute the same.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,15 +74,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, cache: Tensor | None, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """`cache` (2, N, heads, max_tokens, C') and `mask` (T, filled) are a dream's, see `hidden_states`."""
+        """In training, `cache` and `mask` are None. A dream passes both, for speed: see `hidden_states`."""
         n, t, c = x.shape
         qkv = self.qkv(x).view(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)  # (3, N, heads, T, C')
         q, kv = qkv[0], qkv[1:]
         if cache is not None:
             cache.index_copy_(3, positions, kv.to(cache.dtype))  # write the new keys and values
-            q, kv = q.to(cache.dtype), cache[..., : mask.shape[1], :]  # (2, N, heads, filled, C'): all so far
+            q, kv = q.to(cache.dtype), cache[..., : mask.shape[1], :]  # (2, N, heads, visible, C'): all so far
         dropout = self.dropout if self.training else 0.0
-        with torch.autocast(x.device.type, enabled=False):  # would convert the whole cache
+        with torch.autocast(x.device.type, enabled=False):  # it would convert the cache at each call
             y = F.scaled_dot_product_attention(q, kv[0], kv[1], mask, dropout, is_causal=mask is None)
         return self.proj(y.transpose(1, 2).reshape(n, t, c))
 
@@ -104,7 +106,7 @@ class Layer(nn.Module):
 
 
 class WorldModelOutput(NamedTuple):
-    observation_logits: Tensor  # (N, L * K, V): a frame's 16 predict its z2 .. z16 and the next frame's z1
+    observation_logits: Tensor  # (N, L * K, V): a block's 16, of z2 .. z16 and of the next block's z1
     reward_logits: Tensor  # (N, L, 3): for rewards -1, 0, 1
     end_logits: Tensor  # (N, L, 2): for going on and ending
 
@@ -150,16 +152,16 @@ class WorldModel(nn.Module):
         return [torch.zeros(shape, dtype=dtype, device=self.positions.device) for _ in self.layers]
 
     def hidden_states(
-        self, tokens: Tensor, positions: Tensor, cache: list[Tensor] | None = None, filled: int = 0
+        self, tokens: Tensor, positions: Tensor, cache: list[Tensor] | None = None, visible: int = 0
     ) -> Tensor:
-        """Tokens (N, T) at positions (T,) -> hidden states (N, T, C).
+        """Tokens (N, T) at positions (T,) -> hidden states (N, T, C). Each attends to itself and the tokens before it.
 
-        Each attends to itself and the tokens before it: without a cache, those of this call. With one, for speed, the
-        keys and values of this call are written into it at `positions`, and attention is over its first `filled`
-        positions. The result is the same, for the states of earlier positions never change.
+        Without a cache, these must all be in `tokens`. For speed, a dream passes a cache of the keys and values of
+        earlier tokens: those of this call are written into it at `positions`, and attention is over its first `visible`
+        positions. The states are the same as without, since those of earlier positions never change.
         """
         x = self.dropout(self.embedding(tokens + self.row_offset[positions]) + self.position_embedding(positions))
-        mask = None if cache is None else self.causal[positions, :filled]  # (T, filled)
+        mask = None if cache is None else self.causal[positions, :visible]  # (T, visible)
         for i, layer in enumerate(self.layers):
             x = layer(x, None if cache is None else cache[i], positions, mask)
         return self.ln_f(x)
@@ -184,7 +186,8 @@ class WorldModel(nn.Module):
         """Three mean cross-entropies, whose sum is minimised [paper, section 2.2].
 
         obs_tokens (N, L, K) int64, actions (N, L) int64, rewards (N, L), of which the sign is predicted, ends (N, L) in
-        {0, 1}, mask (N, L), False where a step is padding (on the right). Padding has label -100, which is ignored.
+        {0, 1}, mask (N, L), False where a step is padding, on the right, of any valid tokens and actions. Its label is
+        -100, which `cross_entropy` ignores.
 
             position in the sequence     0    1   ..  14   15   16  |  17   18  ..
             input                        z1   z2  ..  z15  z16  a   |  z1   z2  ..
@@ -225,8 +228,9 @@ def sample(logits: Tensor) -> Tensor:
 
 
 class Dream:
-    """N imagined environments [paper, section 2.3]. `tokenizer` is anything with `encode` and `decode`; put both models
-    into evaluation mode. A dream is this, with a cache so that each step computes its new positions only:
+    """N imagined environments [paper, section 2.3]. `tokenizer` has `encode`, frames -> tokens (N, K) in [0, V), and
+    `decode`. Both models must be in evaluation mode, or dropout disturbs the dream. The algorithm, without the cache
+    that saves computing earlier positions again:
 
         reset   context = the 16 tokens of a real frame
         step    context += the action
@@ -234,9 +238,9 @@ class Dream:
                 16 times: context += a token ~ softmax of the observation head at the last position
                 frame = decode(the last 16 tokens)
 
-    A dream may be longer than 20 blocks. When the next frame does not fit any more, the latest 10 blocks are kept and
-    move to position 0, where they are read again [ours; the published code keeps the last frame alone, which shows no
-    motion]. A sampled end does not stop a dream: what follows is for the caller to ignore, or not.
+    A dream may be longer than 20 blocks. When the next frame does not fit any more, the latest 10 blocks are kept
+    [ours; the published code keeps the last frame alone, which shows no motion]. They are read again from position 0
+    on, for position embeddings are absolute. An end does not stop a dream, but steps after it are untrained: skip them.
     """
 
     def __init__(self, tokenizer, world_model: WorldModel):
@@ -271,8 +275,8 @@ class Dream:
             raise ValueError("this dream has not begun, or its last step had next_frame=False: reset it")
         model, config = self.world_model, self.world_model.config
         self.context = torch.cat([self.context, actions[:, None]], dim=1)
-        # This step will read 15 more tokens (the 16th is read in the next step, with its action). With 20 blocks:
-        # after the 20th action the context has 340 tokens, 355 are needed, and 170 are kept.
+        # This step reads 15 more tokens: a frame's last one is read in the next step, with the action. With 20 blocks,
+        # after the 20th action, the context has 340 tokens, 355 are needed, and 170 are kept.
         if self.context.shape[1] + next_frame * (config.tokens_per_frame - 1) > config.max_tokens:
             self.context, self.filled = self.context[:, -self.kept_blocks * config.block_size :], 0
         h, logits = self.read()  # at the action
@@ -288,15 +292,16 @@ class Dream:
         return self.tokenizer.decode(self.context[:, -config.tokens_per_frame :]), rewards, ends
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Reads the context from the first position that is not in the cache; returns what `predict` does."""
+        """-> hidden state (N, C) and observation logits (N, V) at the context's last position. Only what is not in the
+        cache is computed; plainly, h = hidden_states(context, positions[:T])[:, -1]."""
         start, self.filled = self.filled, self.context.shape[1]
         positions = self.world_model.positions[start : self.filled]
         return predict(self.world_model, self.context[:, start:], positions, self.cache, self.filled)
 
 
-def predict(model: WorldModel, tokens: Tensor, positions: Tensor, cache: list[Tensor], filled: int):
-    """Reads tokens (N, T) into the cache -> hidden state (N, C) and observation logits (N, V) at the last of them."""
-    h = model.hidden_states(tokens, positions, cache, filled)[:, -1]
+def predict(model: WorldModel, tokens: Tensor, positions: Tensor, cache: list[Tensor], visible: int):
+    """The tensor part of `Dream.read`, which `CompiledDream` compiles."""
+    h = model.hidden_states(tokens, positions, cache, visible)[:, -1]
     return h, model.head_observations(h)
 
 
