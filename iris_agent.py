@@ -2,19 +2,19 @@
 
 An actor-critic sees decoded frames, keeps a memory in an LSTM, and puts out a policy and a value. It is trained on
 imagined episodes (IRIS, arXiv 2209.00588, section 2.3): the dream of chapter 2 is stepped 20 times with sampled
-actions, the rewards become lambda-returns, and actions that led to more than the value predicted become more likely.
-Real frames do two things only: 20 of them fill the LSTM's memory, and the 21st starts the dream.
+actions, the rewards become lambda-returns, and an action becomes more likely if its return exceeds the value, less
+likely if not. Real frames are inputs only: 20 of them fill the LSTM's memory, and the 21st starts the dream.
 
-    real frames 1 .. 20, decoded       real frame 21       dream                 dream
-       |                                  |                  |                     |
-    warm_up, no gradient -- state --> actor-critic --> actor-critic --> ... --> actor-critic     state passes on
+    real frames 1 .. 20, decoded    real frame 21, decoded     dreamed frame         dreamed frame
+       |                                  |                       |                     |
+    warm_up, no gradient -- state --> actor-critic -------> actor-critic --> ... --> actor-critic     state passes on
                                           | logits, value
                                        action ~ softmax --> dream.step(action) -> reward, end, next frame
 
-    gradient:  losses -> logits and values -> LSTM, back to the first step -> convolutions; never into the dream
+    gradient:  losses -> logits and values -> LSTM, back to frame 21 -> convolutions; not into warm-up or dream
 
 Run it:    python iris_agent.py     (two minutes on one core: a small game of memory in place of the dream)
-Reuse it:  copy this file; it needs torch only (the reader of published checkpoints, at the end, also chapters 1 and 2).
+Reuse it:  copy this file; it needs torch only (its last section, published checkpoints, also chapters 1 and 2).
 
     import torch
     from iris_agent import ActorCritic
@@ -22,14 +22,16 @@ Reuse it:  copy this file; it needs torch only (the reader of published checkpoi
     state = actor_critic.warm_up(torch.rand(2, 20, 3, 64, 64), mask)
     logits, values, state = actor_critic(torch.rand(2, 3, 64, 64), state)
 
-A training step, with tokenizer and dream of chapters 1 and 2 and N segments of real frames, (N, 21, 3, 64, 64):
+A training step, with tokenizer and dream of chapters 1 and 2, N segments of real frames (N, 21, 3, 64, 64), and a mask
+(N, 20), False at padding, which stands before an episode's first frame:
 
     past = tokenizer.reconstruct(segments[:, :-1].flatten(0, 1)).unflatten(0, (N, 20))
-    rollout = imagine(actor_critic, dream, dream.reset(segments[:, -1]), actor_critic.warm_up(past, mask), horizon=20)
+    first = dream.reset(segments[:, -1])  # real frame 21, decoded from its tokens
+    rollout = imagine(actor_critic, dream, first, actor_critic.warm_up(past, mask), horizon=20)
     losses, metrics = actor_critic_loss(rollout, gamma=0.995, lambda_=0.95, entropy_weight=0.001)
 
 and an optimiser's step on the losses' sum. The paper's: Adam, rate 1e-4, N = 64, gradient norm clipped at 10. Actions
-are drawn from torch's global generator. [paper] is IRIS, [ours] is not. All defaults are the paper's.
+are drawn from torch's global generator. [paper] is IRIS or its code, [ours] is not. All defaults are the paper's.
 """
 import re
 from collections import OrderedDict
@@ -49,7 +51,7 @@ class ActorCriticConfig:
 
     channels: tuple[int, ...] = (32, 32, 64, 64)  # Of the convolutions; each halves height and width
     lstm_width: int = 512  # Width of the LSTM's hidden state
-    standardize: bool = False  # A training loop calls `ActorCritic.fit_pixels` before the first step [ours]
+    standardize: bool = False  # Not read in this file: chapter 4 calls `fit_pixels` if it is set [ours]
 
 
 class ActorCritic(nn.Module):
@@ -58,7 +60,7 @@ class ActorCritic(nn.Module):
     def __init__(self, num_actions: int, config: ActorCriticConfig = ActorCriticConfig()):
         super().__init__()
         self.config = config
-        # Frames enter as (frames - mean) / std. With 0.5 and 0.5 that is [-1, 1] [paper], until `fit_pixels` [ours].
+        # Frames enter as (frames - mean) / std: 0.5 and 0.5 give [-1, 1] [paper]; `fit_pixels` replaces them [ours].
         self.register_buffer("mean", torch.full((3, 64, 64), 0.5))
         self.register_buffer("std", torch.full((3, 64, 64), 0.5))
         layers, channels = OrderedDict(), 3
@@ -86,7 +88,7 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def warm_up(self, frames: Tensor, mask: Tensor) -> State:
-        """The memory after decoded frames (N, L, 3, 64, 64). Where mask (N, L) is False, padding, the state stays."""
+        """The memory after decoded frames (N, L, 3, 64, 64). Padding, mask (N, L) False, leaves it unchanged."""
         n, length = mask.shape
         features = self.features(frames.flatten(0, 1)).unflatten(0, (n, length))  # (N, L, 1024)
         state = self.initial_state(n)
@@ -100,7 +102,7 @@ class ActorCritic(nn.Module):
         """Takes mean and std from real frames (N, 3, 64, 64) in [0, 1], once, before training [ours]. Without it, small
         moving objects barely change the input, and short training misses them."""
         self.mean.copy_(frames.mean(dim=0))
-        self.std.copy_(frames.std(dim=0, correction=0) + 0.025)  # not 0 for a pixel that never changes
+        self.std.copy_(frames.std(dim=0, correction=0) + 0.025)  # a pixel that never changes is scaled by 40
 
 
 class Agent(nn.Module):
@@ -113,14 +115,13 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, frames: Tensor, state: State, temperature: float = 1.0) -> tuple[Tensor, State]:
         """Frames (N, 3, 64, 64) in [0, 1] -> actions (N,) int64, and the next state. At temperature 0, the most likely.
-
         The policy is trained on decoded frames, so real frames go through the tokenizer first."""
         logits, _, state = self.actor_critic(self.tokenizer.reconstruct(frames), state)
         return logits.argmax(dim=1) if temperature == 0 else sample(logits / temperature), state
 
 
 def sample(logits: Tensor) -> Tensor:
-    """Logits (N, A) -> actions (N,) drawn from their softmax: Gumbel-max, for `Categorical.sample` waits for a GPU."""
+    """Logits (N, A) -> actions (N,) drawn from their softmax: Gumbel-max. `Categorical.sample` waits for the GPU."""
     return (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=1)
 
 
@@ -159,15 +160,15 @@ def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, 
     """Rewards, values and ends (N, L) -> lambda-returns (N, L) [paper, section 2.3; Sutton and Barto, section 12.1].
 
     R_t = r_t + gamma * (1 - end_t) * ((1 - lambda) * v_{t+1} + lambda * R_{t+1}), backwards from R_{L-1} = v_{L-1}: the
-    last step's value is the bootstrap; its reward and end are not used. Lambda 0 gives r_t + gamma * v_{t+1}, lambda 1
-    the discounted sum of the rewards and the last value. An example with gamma 0.5 and lambda 0.5:
+    last value stands for all that follows; the last reward and end are not used. Lambda 0 gives r_t + gamma * v_{t+1},
+    lambda 1 the discounted sum of the rewards and the last value. An example with gamma 0.5 and lambda 0.5:
 
         step      0       1      2     3     4
-        reward    0       1      0     0     1
+        reward    0       1      1     0     1
         value     4       2      3     2     4
         end       no      no     yes   no    no
-        return    0.9375  1.75   0     2     4      e.g. 1.75 = 1 + 0.5 * (0.5 * 3 + 0.5 * 0)
-        counted   yes     yes    yes   no*   no     in the losses; * yes with `after_end`
+        return    1       2      1     2     4      e.g. the second: 2 = 1 + 0.5 * (0.5 * 3 + 0.5 * 1)
+        counted   yes     yes    yes   no    no     in `actor_critic_loss`; the fourth also, with `after_end`
     """
     returns = [values[:, -1]]
     discount = gamma * (1 - ends.to(values.dtype))
@@ -176,10 +177,8 @@ def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, 
     return torch.stack(returns[::-1], dim=1)
 
 
-def actor_critic_loss(
-    rollout: Rollout, gamma: float, lambda_: float, entropy_weight: float, after_end: bool = True
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses, whose sum is minimised, and metrics to log, all scalar [paper, section 2.3].
+def actor_critic_loss(rollout: Rollout, gamma: float, lambda_: float, entropy_weight: float, after_end: bool = True):
+    """-> a dict of losses, whose sum is minimised, and a dict of metrics to log, all scalar [paper, section 2.3].
 
         policy         mean of -log pi(a_t) * (R_t - v_t): REINFORCE with the value as baseline; no gradient to R, v
         value          mean of (v_t - R_t)^2; no gradient to R
@@ -192,7 +191,7 @@ def actor_critic_loss(
         raise ValueError("a rollout needs 2 steps or more: its last step is only the bootstrap")
     with torch.no_grad():
         returns = lambda_returns(rollout.rewards, rollout.values, rollout.ends, gamma, lambda_)[:, :-1]
-        ended_before = rollout.ends.cumsum(dim=1) - rollout.ends.long() > 0  # (N, L): an end at an earlier step
+        ended_before = (rollout.ends.cumsum(dim=1) - rollout.ends.long()) > 0  # (N, L): an end at an earlier step
         counted = (ended_before.logical_not() | after_end)[:, :-1].float()  # (N, L - 1)
         advantages = returns - rollout.values[:, :-1]
 
@@ -200,7 +199,7 @@ def actor_critic_loss(
         return (x * counted).sum() / counted.sum()
 
     values, policy = rollout.values[:, :-1], Categorical(logits=rollout.logits[:, :-1], validate_args=False)
-    entropy = mean(policy.entropy())  # validate_args would wait for a GPU
+    entropy = mean(policy.entropy())
     losses = {
         "policy": mean(-policy.log_prob(rollout.actions[:, :-1]) * advantages),
         "value": mean((values - returns).square()),
@@ -215,9 +214,9 @@ def actor_critic_loss(
 
 # --- The lesson: python iris_agent.py learns a game of memory ---------------------------------------------------------
 class FadingCatch:
-    """Stands in for the dream: n games in which a ball falls through 8 rows and 4 columns, visible in rows 0 to 2 only.
-    Actions 0, 1, 2 move the paddle in row 7 left, not at all, right. The episode ends when the ball arrives in row 7:
-    reward 1 on the paddle, -1 beside it. `past` (n, 3, 3, 64, 64) and `mask` are the 3 frames before the first."""
+    """In place of the dream, n games: a ball falls through 8 rows and 4 columns, visible in rows 0 to 2. Actions 0,
+    1, 2 move the paddle in row 7 left, keep it, move it right. With the ball in row 7 the episode ends: reward 1 on the
+    paddle, -1 beside it. `past` (n, 3, 3, 64, 64) and `mask` are the 3 frames before the first."""
 
     def __init__(self, row: Tensor):
         self.row, self.column, self.paddle = row, torch.randint(4, row.shape), torch.randint(4, row.shape)
@@ -238,7 +237,7 @@ class FadingCatch:
 
 
 def lesson(updates: int = 350) -> None:
-    """From row 3 the ball is hidden: without memory nobody has more than -0.5 a game, with it up to 1."""
+    """From row 3 the ball is hidden. Without memory one meets it in a game of four, -0.5 a game; with it, up to 1."""
     torch.manual_seed(0)
     actor_critic = ActorCritic(3, ActorCriticConfig(channels=(8, 8, 16, 16), lstm_width=64))
     optimizer = torch.optim.Adam(actor_critic.parameters(), lr=3e-3)
