@@ -4,17 +4,16 @@ An epoch plays 200 steps of the game, and then trains the three models one after
 section 2 and appendix A). Tokenizer and world model learn from real play, the policy from dreams alone.
 
     +--> collect --------> tokenizer -------> encode --------> world model ------> actor-critic ---+
-    |    200 steps of      200 x 256 frames   all frames to    200 x 64 sequences  200 x 64 dreams |
-    |    the game          to reconstruct     tokens, once     of 20 steps         of 20 steps     |
+    |    200 steps of      200 x 256 frames   all frames that  200 x 64 sequences  200 x 64 dreams |
+    |    the game          to reconstruct     need new tokens  of 20 steps         of 20 steps     |
     +----------------------------------------------------------------------------------------------+
          epochs 1 to 500   from epoch 6                        from epoch 26       from epoch 51
 
 Run it:   python iris_train.py --env-id BreakoutNoFrameskip-v4                    # the paper's run, for a GPU
           python iris_train.py --env-id BreakoutNoFrameskip-v4 --preset laptop    # small models, for a CPU
           python iris_train.py --resume runs/...                                  # goes on as if never stopped
-          python iris_train.py --help                                             # every number is an argument
-Read it:  arguments, environment, replay; then `train`, the algorithm, and what it calls; checkpoints and start-up last.
-[paper] is IRIS, [Delta-IRIS] arXiv 2406.19320, [ours] neither. The default arguments are the paper's.
+Read it:  arguments, all of them the paper's by default; environment, replay; then `train`, the algorithm, and what it
+calls; checkpoints and start-up last. [paper] is IRIS or its code, [Delta-IRIS] arXiv 2406.19320, [ours] neither.
 """
 import ctypes
 import fcntl
@@ -28,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict, deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Callable, Literal, get_args
@@ -75,18 +75,18 @@ class Args:
     init_models: tuple[Model, ...] = get_args(Model)  # With init_from: which models to take over
 
     epochs: int = 600  # Epochs of the run
-    collect_epochs: int = 500  # The game is played in the first so many epochs
+    collect_epochs: int = 500  # The game is played in the first this many epochs
     collect_steps: int = 200  # Environment steps played in each of them; 500 x 200 is the 100,000 of Atari 100k
     collect_epsilon: float = 0.01  # Probability of a uniformly random action while collecting
     collect_temperature: float = 1.0  # Temperature of the policy while collecting
-    # [ours] Until the actor-critic is trained, an action is held for k steps, 1 to so many, with a probability
-    collect_hold: int = 1  # proportional to 1 / k^2 (arXiv 2006.01782): games like Freeway need such exploration
-    noop_max: int = 30  # Training games start with 1 to so many no-ops
+    # [ours] Until the actor-critic is trained, hold an action for k steps, P(k) ~ 1 / k^2, this many at most (arXiv
+    collect_hold: int = 1  # 2006.01782, temporally extended exploration): games like Freeway need it
+    noop_max: int = 30  # Training games start with 1 to this many no-ops
     max_frames: int = 20_000  # Frames after which a training game is cut off; raw ones in an Atari game
-    draw: Literal["episodes", "steps"] = "episodes"  # Uniform draws of the replay's episodes [paper] or steps [ours]
+    draw: Literal["episodes", "steps"] = "episodes"  # What the replay draws uniformly: episodes [paper] or steps
 
     tokenizer_from: int = 6  # First epoch that trains the tokenizer
-    tokenizer_until: int = 0  # [ours] Last epoch that trains it; the learning rate falls in the second half; 0 is none
+    tokenizer_until: int = 0  # [ours] Last epoch that trains it, at a falling rate; 0: it is trained to the end
     tokenizer_steps: int = 200  # Optimiser steps an epoch
     tokenizer_batch_size: int = 256  # Frames a step
     tokenizer_learning_rate: float = 1e-4  # Learning rate of Adam
@@ -99,12 +99,12 @@ class Args:
     actor_critic_steps: int = 200  # Optimiser steps an epoch
     actor_critic_batch_size: int = 64  # Dreams a step
     actor_critic_learning_rate: float = 1e-4  # Learning rate of Adam
-    burn_in: int = 20  # Real frames that warm up the LSTM before a dream, and where collecting goes on in mid-episode
+    burn_in: int = 20  # Real frames that warm up the LSTM, before a dream and where collecting goes on in mid-episode
     horizon: int = 20  # Steps of a dream
     gamma: float = 0.995  # Discount factor
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.95  # Lambda of the lambda-returns
     entropy_weight: float = 0.001  # Weight of the entropy bonus
-    after_end: bool = True  # Count the dreamed steps after an imagined end in the loss, as published
+    after_end: bool = True  # Count the dreamed steps after an imagined end in the loss [paper, its code]
     max_grad_norm: float = 10.0  # Gradient norm at which gradients are clipped, for each model
     accumulate: int = 1  # Parts that each batch is split into, to save memory
 
@@ -119,36 +119,31 @@ class Args:
     actor_critic: ActorCriticConfig = field(default_factory=ActorCriticConfig)
 
 
-PRESETS = {
-    "paper": Args(),
-    # [ours] Two to three hours on a CPU. Convolutions at 64x64 pixels cost the most, so few are left. Context and
-    # horizon are the paper's: Breakout ends a life six frames after the ball was last seen.
-    "laptop": Args(
-        preset="laptop", epochs=60, collect_epochs=50, collect_steps=2000, max_frames=10_000, draw="steps",
-        tokenizer_from=3, tokenizer_until=14, tokenizer_steps=500, tokenizer_batch_size=16,
-        world_model_from=13, world_model_steps=1000, world_model_batch_size=4,
-        actor_critic_from=18, actor_critic_steps=100, actor_critic_batch_size=16,
-        tokenizer_learning_rate=1e-3, world_model_learning_rate=5e-4, actor_critic_learning_rate=1e-3,
-        burn_in=10, entropy_weight=0.003, gamma=0.99, after_end=False,
-        eval_every=10, test_episodes=8, test_max_frames=10_000,
-        tokenizer=replace(
-            SMALL_TOKENIZER, vocab_size=512, code_dim=64, blocks=(0, 0, 0, 1, 1), worst_values=12, worst_weight=0.1
-        ),
-        world_model=WorldModelConfig(layers=2, width=128, dropout=0.0),
-        actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=256, standardize=True),
+# [ours] Hours on a CPU. Few convolutions at 64x64 pixels, which cost the most; context and horizon are the paper's.
+LAPTOP = Args(
+    preset="laptop", epochs=60, collect_epochs=50, collect_steps=2000, max_frames=10_000, draw="steps",
+    tokenizer_from=3, tokenizer_until=14, tokenizer_steps=500, tokenizer_batch_size=16,
+    world_model_from=13, world_model_steps=1000, world_model_batch_size=4,
+    actor_critic_from=18, actor_critic_steps=100, actor_critic_batch_size=16,
+    tokenizer_learning_rate=1e-3, world_model_learning_rate=5e-4, actor_critic_learning_rate=1e-3,
+    burn_in=10, entropy_weight=0.003, gamma=0.99, after_end=False,
+    eval_every=10, test_episodes=8, test_max_frames=10_000,
+    tokenizer=replace(
+        SMALL_TOKENIZER, vocab_size=512, code_dim=64, blocks=(0, 0, 0, 1, 1), worst_values=12, worst_weight=0.1
     ),
-    # [ours] The whole algorithm on the game of tests/catch.py, in about a quarter of an hour on a CPU.
-    "catch": Args(
-        preset="catch", env_id="tests.catch:Catch-v0", epochs=28, collect_epochs=28, max_frames=10_000,
-        tokenizer_from=3, tokenizer_until=14, tokenizer_steps=100, tokenizer_batch_size=16,
-        world_model_from=9, world_model_batch_size=32, actor_critic_from=13, actor_critic_steps=50,
-        tokenizer_learning_rate=1e-3, world_model_learning_rate=1e-3, actor_critic_learning_rate=1e-3,
-        horizon=8, burn_in=2, entropy_weight=0.02, after_end=False, gamma=0.99, test_episodes=40, test_envs=40,
-        tokenizer=SMALL_TOKENIZER,
-        world_model=WorldModelConfig(max_blocks=4, layers=2, width=128, dropout=0.0),
-        actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=128, standardize=True),
-    ),
-}  # fmt: skip
+    world_model=WorldModelConfig(layers=2, width=128, dropout=0.0),
+    actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=256, standardize=True),
+)  # fmt: skip
+# [ours] The whole algorithm on the game of tests/catch.py, in about a quarter of an hour on a CPU.
+CATCH = replace(
+    LAPTOP, preset="catch", env_id="tests.catch:Catch-v0", epochs=28, collect_epochs=28, collect_steps=200,
+    draw="episodes", tokenizer_steps=100, world_model_from=9, world_model_steps=200, world_model_batch_size=32,
+    actor_critic_from=13, actor_critic_steps=50, actor_critic_batch_size=64, world_model_learning_rate=1e-3,
+    horizon=8, burn_in=2, entropy_weight=0.02, eval_every=5, test_episodes=40, test_envs=40, tokenizer=SMALL_TOKENIZER,
+    world_model=WorldModelConfig(max_blocks=4, layers=2, width=128, dropout=0.0),
+    actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=128, standardize=True),
+)  # fmt: skip
+PRESETS = {"paper": Args(), "laptop": LAPTOP, "catch": CATCH}
 
 
 # --- Environment [paper, appendix A] ----------------------------------------------------------------------------------
@@ -156,8 +151,8 @@ FRAME_SPACE = gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
 
 
 def resize_frame(image: np.ndarray) -> np.ndarray:
-    """Image (H, W[, 1 or 3]) uint8 -> frame (64, 64, 3) uint8. Published agents saw Pillow's resize. This differs by a
-    level of 255 at most, gymnasium's AtariPreprocessing (area resize) by up to 90, just where Breakout's ball is."""
+    """Image (H, W[, 1 or 3]) uint8 -> frame (64, 64, 3) uint8. Published agents saw Pillow's resize. This is
+    within one grey level of 255, gymnasium's AtariPreprocessing (area resize) up to 90 off, at Breakout's ball."""
     x = torch.from_numpy(image.reshape(*image.shape[:2], -1)).permute(2, 0, 1)[None]  # (1, 1 or 3, H, W)
     x = F.interpolate(x, size=(FRAME_SIZE, FRAME_SIZE), mode="bilinear", antialias=True)
     return x[0].permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
@@ -180,17 +175,16 @@ class GameFrames(gym.Wrapper):
     the game: `info["life_lost"]` is True, and `reset()` goes on with one no-op step; `reset(seed=...)` always starts a
     new game. In any other game an action lasts one step, and there are no no-ops and no lives."""
 
-    observation_space = FRAME_SPACE
-
     def __init__(self, env: gym.Env, noop_max: int, life_loss_ends: bool):
         super().__init__(env)
+        self.observation_space = FRAME_SPACE
         self.atari = env.spec.id.endswith("NoFrameskip-v4")
         self.noop_max, self.life_loss_ends, self.life_lost = noop_max, life_loss_ends and self.atari, False
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         if self.life_lost and seed is None:
             frame, _, terminated, truncated, info = self.step(0)
-            if self.life_lost or not (terminated or truncated):  # not even if the no-op step loses another life
+            if self.life_lost or not (terminated or truncated):  # losing another life does not end the game either
                 self.life_lost = False
                 return frame, info
         self.screen, info = self.env.reset(seed=seed, options=options)
@@ -236,7 +230,7 @@ def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_los
 
 
 # --- Replay -----------------------------------------------------------------------------------------------------------
-# The frame seen, the action taken, the reward it brought, whether the episode ended with it: 12,301 bytes
+# Frame, action, reward as the game gave it, and 1 where the episode ended with it: a life, a game, or the time limit
 STEP = np.dtype([("frames", "u1", FRAME_SPACE.shape), ("actions", "<i8"), ("rewards", "<f4"), ("ends", "u1")])
 
 
@@ -258,10 +252,9 @@ class Steps:
     def sample(self, rng: np.random.Generator, n: int, offsets: range, draw: str) -> tuple[np.ndarray, np.ndarray]:
         """n segments of L = len(offsets) steps -> their indices (n, L), and mask (n, L), False for padding.
 
-        An episode is drawn uniformly [paper], or, where `draw` is "steps", in proportion to its length; then one of its
-        steps, uniformly. The segment is what lies at the offsets from that step: it starts there with range(L), as the
-        world model's do, or stops there with range(1 - L, 1), as the actor-critic's do [paper]. What lies outside of
-        the episode is padding, which repeats its first or last step."""
+        An episode is drawn uniformly [paper], or in proportion to its length if `draw` is "steps"; then one of its
+        steps, uniformly. The segment is what lies at the offsets from that step: range(L) starts there, as the world
+        model's do; range(1 - L, 1) stops there, as the actor-critic's do [paper]. Padding repeats the nearest step."""
         lengths = self.stops - self.starts
         episodes = rng.choice(len(lengths), n, p=lengths / len(self) if draw == "steps" else None)
         starts, stops = self.starts[episodes, None], self.stops[episodes, None]  # (n, 1)
@@ -275,7 +268,7 @@ class Steps:
 
 class Replay(Steps):
     """Steps in an append-only file, read through a memory map: 100,000 take 1.23 GB on disk and hardly any memory. They
-    are not written through the map, because a full disk then would be a crash and not an error."""
+    are not written through the map: on a full disk, that kills the process where `write` raises OSError."""
 
     def __init__(self, folder: Path, length: int | None = None):
         """Creates the file, or cuts it to a checkpoint's `length`. Raises IrisError for one that has other steps."""
@@ -331,6 +324,10 @@ class Run:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
+    def x_axis(self) -> int:
+        """TensorBoard's: environment steps; after the last one, it goes on by one an epoch."""
+        return len(self.replay) + max(0, self.epoch - self.args.collect_epochs)
+
     def saved(self) -> str:
         """What of a run that stops is on disk."""
         go_on = f"Epoch {self.saved_epoch} is saved; go on with: python iris_train.py --resume {self.folder}"
@@ -338,13 +335,14 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """IRIS. `optimise` minimises the sum of a model's losses; the function that it is given computes them for a batch.
+    """IRIS. `optimise` takes an epoch's steps on one model. Its last argument draws a batch and computes the losses:
 
-        tokenizer     reconstruction, perceptual, codebook, commitment  of 256 frames     chapter 1, `Tokenizer.loss`
-        world_model   observations, rewards, ends                       of 64 sequences   chapter 2, `WorldModel.loss`
-        actor_critic  policy, value, entropy bonus                      of 64 dreams      chapter 3, `actor_critic_loss`
+        tokenizer     reconstruction + perceptual + codebook + 1.0 * commitment   of 256 frames      chapter 1
+        world_model   observations + rewards + ends                               of 64 sequences    chapter 2
+        actor_critic  policy + value - entropy_weight * entropy                   of 64 dreams       chapter 3
 
-    Each has an optimiser of its own, and no gradient leaves its model: tokens are integers, dreams have no gradient.
+    Each has an optimiser of its own, and no gradient crosses models: world model and policy read tokens and decoded
+    frames that `encode_replay` stored, and the dream and the LSTM's warm-up run without gradients.
     """
     args, agent = run.args, run.agent
     for run.epoch in range(run.epoch + 1, args.epochs + 1):
@@ -375,8 +373,7 @@ def train(run: Run) -> None:
 def tokenizer_losses(run: Run, n: int) -> tuple[dict, dict]:
     """Losses and metrics on n frames."""
     args, tokenizer = run.args, run.agent.tokenizer
-    indices, _ = run.replay.sample(run.rng, n, range(1), args.draw)  # (n, 1)
-    frames = run.replay.frames_at(indices[:, 0], run.device)
+    frames = run.replay.frames_at(run.replay.sample(run.rng, n, range(1), args.draw)[0][:, 0], run.device)
     z = tokenizer.encoder_outputs(frames)
     if run.lpips is None:
         tokenizer.codebook.revive(z, args.tokenizer.revive_after * args.accumulate)
@@ -414,9 +411,8 @@ def dream_from_replay(run: Run, rng: np.random.Generator, n: int) -> Rollout:
 
 
 def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, dict]]) -> None:
-    """An epoch's optimiser steps on one model; the means of losses and metrics go to `run.metrics`. They are read from
-    the device once, at the end, so that no step waits for a GPU. Raises IrisError if a loss was not finite, or a
-    gradient norm, which would ruin the weights while the losses still look well."""
+    """An epoch's optimiser steps on one model. Means of losses and metrics go to `run.metrics`, read from the device
+    once, so that no step waits for a GPU. Raises IrisError for a loss or a gradient norm that was not finite."""
     args, model, optimizer = run.args, getattr(run.agent, name), run.optimizers[name]
     steps, batch_size, rate = (getattr(args, f"{name}_{what}") for what in ("steps", "batch_size", "learning_rate"))
     if name == "tokenizer" and args.tokenizer_until:  # [ours] falls over the second half of its epochs
@@ -433,8 +429,7 @@ def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, di
                 losses, metrics = losses_of(run, n)
             total = sum(losses.values())
             (total * (n / batch_size)).backward()
-            named = {f"{key}_loss": loss for key, loss in losses.items()} | metrics | {name: total}
-            for key, value in named.items():
+            for key, value in ({f"{key}_loss": loss for key, loss in losses.items()} | metrics | {name: total}).items():
                 logged[key].append(value.detach())
         logged[f"{name}_grad_norm"].append(nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         optimizer.step()
@@ -450,16 +445,16 @@ def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, di
 
 
 def fit_pixels(run: Run, model: Tokenizer | ActorCritic) -> None:
-    """Before a model's first training, and if `standardize` is set: the statistics of the replay's pixels [ours]."""
+    """Sets a model's pixel statistics once, before its first training, if it is to `standardize` frames [ours]."""
     if model.config.standardize and (model.std == 0.5).all():
-        indices, _ = run.replay.sample(run.rng, min(1024, len(run.replay)), range(1), run.args.draw)
-        model.fit_pixels(run.replay.frames_at(indices[:, 0], run.device))
+        indices = run.replay.sample(run.rng, min(1024, len(run.replay)), range(1), run.args.draw)[0][:, 0]
+        model.fit_pixels(run.replay.frames_at(indices, run.device))
 
 
 def encode_replay(run: Run) -> None:
     """The tokens of all frames, and what the decoder makes of them, for world model and actor-critic. So a frame passes
     through the tokenizer once an epoch, and once at all when its training is over, not whenever it is sampled."""
-    start = 0 if run.tokens is None else len(run.tokens) // 256 * 256  # whole parts: a resumed run makes the same ones
+    start = 0 if run.tokens is None else len(run.tokens) // 256 * 256  # whole parts, as a resumed run makes them
     tokens, decoded = ([x[:start]] if start else [] for x in (run.tokens, run.decoded))
     for begin in range(start, len(run.replay), 256):
         with run.autocast(), torch.no_grad():
@@ -514,9 +509,10 @@ def collect(run: Run) -> None:
             run.frame = run.env.reset()[0] if info["life_lost"] else None
     replay.flush()
     run.metrics["charts/SPS"] = args.collect_steps / (time.perf_counter() - began)
-    for begin, stop in zip(replay.starts[-11:], replay.stops[-11:], strict=True):
-        if stop > length and replay.ends[stop - 1]:  # it ended in this epoch
-            save_episode(run.folder / "media/episodes/train", f"step_{begin:07d}", replay.array[begin:stop])
+    spans = zip(replay.starts.tolist(), replay.stops.tolist(), strict=True)
+    ended = [span for span in spans if span[1] > length and replay.ends[span[1] - 1]]
+    for begin, stop in {*ended[-10:], *sorted(ended, key=lambda span: replay.rewards[slice(*span)].sum())[-1:]}:
+        save_episode(run.folder / "media/episodes/train", f"step_{begin:07d}", replay.array[begin:stop])
     if games:
         run.metrics["charts/episodic_return"] = np.mean([replay.rewards[begin:stop].sum() for begin, stop in games])
         run.metrics["charts/episodic_length"] = np.mean([stop - begin for begin, stop in games])
@@ -567,19 +563,19 @@ def evaluate(run: Run) -> None:
             frames = test.frames_at(np.linspace(0, len(test) - 1, 8).astype(int), run.device)
             rows = {"test games": frames, "reconstructions": agent.tokenizer.reconstruct(frames)}
             image = labelled_rows(rows, run.folder / f"media/reconstructions/{name}.png")
-            run.writer.add_image("reconstructions", image, len(run.replay), dataformats="HWC")
+            run.writer.add_image("reconstructions", image, run.x_axis(), dataformats="HWC")
 
         if run.epoch >= args.world_model_from:
             indices, columns = sample_sequences(run, test, rng, 16)
             tokens = agent.tokenizer.encode(test.frames_at(indices.ravel(), run.device)).unflatten(0, indices.shape)
             losses |= agent.world_model.loss(tokens, *columns)
-            real = test.frames_at(np.arange(min(args.horizon, test.stops[0])), run.device)  # the first game's start
+            real = test.frames_at(np.arange(min(args.horizon, test.stops[0])), run.device)
             dreamed = [run.dream.reset(real[:1])]
             for action in test.actions[: len(real) - 1]:
                 dreamed.append(run.dream.step(torch.tensor([action], device=run.device))[0])
             rows = {"test game": real[::2], "dream, same actions": torch.cat(dreamed)[::2]}
             image = labelled_rows(rows, run.folder / f"media/dreams/{name}.png")
-            run.writer.add_image("dream", image, len(run.replay), dataformats="HWC")
+            run.writer.add_image("dream", image, run.x_axis(), dataformats="HWC")
             rollout = dream_from_replay(run, rng, 1)
             columns = to_stored(torch.stack(rollout.frames, dim=1)), rollout.actions, rollout.rewards, rollout.ends
             dream = {key: column[0].cpu().numpy() for key, column in zip(STEP.names, columns, strict=True)}
@@ -588,8 +584,8 @@ def evaluate(run: Run) -> None:
 
 
 def save_episode(folder: Path, name: str, steps: np.ndarray | dict, total: float | None = None) -> None:
-    """Keeps an episode, whose steps have the columns of STEP, as `{name}_return_{total}.npz`; of all, the last ten and
-    the best stay. `total` is the return, where these are not all its steps. Raises OSError."""
+    """Keeps an episode, of the columns of STEP, as `{name}_return_{total}.npz`; of all, the last ten and the best stay.
+    `total` is the return, where these are not all its steps. Raises OSError."""
     total = float(steps["rewards"].sum() if total is None else total)
     content = {"return": total} | {key: steps[key] for key in STEP.names}
     write_file(folder / f"{name}_return_{total:g}.npz", lambda file: np.savez_compressed(file, **content))
@@ -612,18 +608,15 @@ def write_file(path: Path, save: Callable[[io.BytesIO], Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)  # after an error: it would help to fill the disk
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name, too, is on the disk only now
-    os.close(folder)
+        temporary.unlink(missing_ok=True)  # after an error
 
 
 # --- Logging ----------------------------------------------------------------------------------------------------------
 def log(run: Run, seconds: float) -> None:
-    """The epoch's metrics to TensorBoard, with the environment step as x-axis, and one line to the terminal."""
+    """The epoch's metrics to TensorBoard, and one line to the terminal."""
     args, metrics = run.args, run.metrics
     for name, value in metrics.items():
-        run.writer.add_scalar(name, value, len(run.replay))
+        run.writer.add_scalar(name, value, run.x_axis())
     run.writer.flush()
     shown = {
         "charts/episodic_return": "return", "losses/tokenizer": "tokenizer", "charts/codes_in_use": "codes",
@@ -775,9 +768,9 @@ def check(args: Args) -> None:
         flag, low = f"--{name.rstrip('_').replace('_', '-')}", least.get(name, 1) if type(value) is int else 0
         if isinstance(value, (int, float)) and not low <= value < float("inf"):
             raise IrisError(f"{flag} is {value}, and has to be at least {low}")
-    ours, theirs, gpt = args.tokenizer.tokens_per_frame, args.world_model.tokens_per_frame, args.world_model
+    made, read, gpt = args.tokenizer.tokens_per_frame, args.world_model.tokens_per_frame, args.world_model
     for wrong, text in (
-        (ours != theirs, f"the tokenizer makes {ours} tokens a frame, and --world-model.tokens-per-frame is {theirs}"),
+        (made != read, f"the tokenizer makes {made} tokens a frame, and --world-model.tokens-per-frame is {read}"),
         (not 1 <= args.tokenizer.worst_values <= 12_288, "--tokenizer.worst-values has to be from 1 to 12,288"),
         (gpt.max_blocks < 2 or gpt.heads < 1, "the world model needs max-blocks of 2 or more, and heads of 1 or more"),
         (not 0 <= gpt.dropout < 1, "--world-model.dropout has to be from 0 to below 1"),
@@ -795,11 +788,10 @@ def choose_device(args: Args) -> tuple[torch.device, bool]:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise IrisError(f"--device {name} is not available here: leave it out, or use --device cpu") from error
-    if args.precision != "auto":
-        return device, args.precision == "bf16"
+    bf16 = device.type == "cpu" and any("bf16" in k and v for k, v in torch.cpu.get_capabilities().items())
     if device.type == "cuda":
-        return device, torch.cuda.is_bf16_supported(including_emulation=False)
-    return device, device.type == "cpu" and any("bf16" in k and v for k, v in torch.cpu.get_capabilities().items())
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, bf16 if args.precision == "auto" else args.precision == "bf16"
 
 
 def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Optimizer]:
@@ -833,8 +825,8 @@ def build(args: Args) -> Run:
     if args.init_from and not args.resume:
         init_from(agent, args)
     agent.to(device)
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__iris__{args.seed}__{int(time.time())}"
-    folder = checkpoint_path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    name = f"runs/{args.env_id.replace('/', '-').replace(':', '-')}__iris__{args.seed}__{int(time.time())}"
+    folder = checkpoint_path(args.resume).parent if args.resume else Path(args.run_dir or name)
     if not args.resume and (folder / "checkpoint.pt").exists():
         raise IrisError(f"{folder} holds a run already: --resume {folder} goes on with it; or name another --run-dir")
     try:
@@ -856,12 +848,10 @@ def build(args: Args) -> Run:
 
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory: getting it back, cleared, takes a third of the tokenizer's time on a CPU."""
-    try:
+    with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # another C library
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return what is free at the heap's end
-    mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside the heap, which are returned when freed
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return what is free at the heap's end
+        mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside the heap, which are returned when freed
 
 
 def start_logs(run: Run) -> SummaryWriter:
@@ -869,17 +859,15 @@ def start_logs(run: Run) -> SummaryWriter:
     settled = {"device": str(run.device), "precision": "bf16" if run.bf16 else "fp32"}
     settled["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")}
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    settled["git_commit"] = git.stdout.strip() or None  # where there is no git, the shell writes nothing to stdout
-    text = json.dumps(asdict(run.args) | settled, indent=2)
+    text = json.dumps(asdict(run.args) | settled | {"git_commit": git.stdout.strip() or None}, indent=2)
     (run.folder / "args.json").write_text(text + "\n")
     # purge_step hides what an epoch logged that was killed before it was saved, and is played again
-    writer = SummaryWriter(str(run.folder), purge_step=len(run.replay) + 1)
-    writer.add_text("arguments", f"<pre>{text}</pre>", len(run.replay))
+    writer = SummaryWriter(str(run.folder), purge_step=run.x_axis() + 1)
+    writer.add_text("arguments", f"<pre>{text}</pre>", run.x_axis())
     return writer
 
 
-def main(args: Args) -> None:
-    """Trains IRIS. Raises IrisError for what a user can put right, KeyboardInterrupt when stopped."""
+def main(args: Args) -> None:  # raises IrisError, and KeyboardInterrupt when stopped
     run = build(args)
     try:
         with start_logs(run) as run.writer:
@@ -896,10 +884,9 @@ def main(args: Args) -> None:
     except KeyboardInterrupt:
         print(f"\nStopped in epoch {run.epoch}. {run.saved()}")
         raise
-    except IrisError as error:
-        raise IrisError(f"{error}. {run.saved()}") from error
-    except OSError as error:
-        raise IrisError(f"can't write into the run folder: {error.strerror or error}. {run.saved()}") from error
+    except (IrisError, OSError) as error:
+        what = "can't write into the run folder: " * isinstance(error, OSError)
+        raise IrisError(f"{what}{getattr(error, 'strerror', None) or error}. {run.saved()}") from error
 
 
 if __name__ == "__main__":

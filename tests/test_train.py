@@ -629,6 +629,14 @@ def kept_episode(*rewards):
     return {"frames": frames, "actions": np.zeros(n), "rewards": np.array(rewards), "ends": np.zeros(n)}
 
 
+def test_tensorboards_x_axis_is_the_environment_step_and_goes_on_after_the_last_one(run):
+    run.args.epochs, run.args.collect_epochs, run.args.eval_every, logged = 4, 2, 0, []
+    run.writer = NoWriter()
+    run.writer.add_scalar = lambda name, value, x: logged.append((value, x)) if name == "charts/epoch" else None
+    iris_train.train(run)
+    assert logged == [(1, 25), (2, 50), (3, 51), (4, 52)]
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_kept_episodes_are_the_last_ten_and_the_best(tmp_path, sign):
     rewards = [sign * (1 + i / 10) for i in range(14)]  # rising or falling, but for the second
@@ -639,6 +647,17 @@ def test_kept_episodes_are_the_last_ten_and_the_best(tmp_path, sign):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{i:03d}_return_{rewards[i] + 0.5:g}.npz" for i in kept]
     best = np.load(tmp_path / "step_001_return_10.5.npz")
     assert best["return"] == 10.5 and best["frames"].shape == (2, 64, 64, 3) and best["rewards"].tolist() == [0.5, 10]
+
+
+def test_of_many_episodes_of_one_epoch_the_last_ten_and_the_best_are_written(run):
+    run.args.collect_steps = 200
+    iris_train.collect(run)
+    spans = list(zip(run.replay.starts, run.replay.stops, run.replay.ends[run.replay.stops - 1], strict=True))
+    ended = [(start, stop) for start, stop, over in spans if over]
+    assert len(ended) > 15
+    best = sorted(ended, key=lambda span: run.replay.rewards[slice(*span)].sum())[-1]
+    expected = {f"step_{start:07d}_return_{run.replay.rewards[start:stop].sum():g}.npz" for start, stop in [*ended[-10:], best]}
+    assert expected <= {path.name for path in (run.folder / "media/episodes/train").iterdir()}
 
 
 def test_a_damaged_episode_does_not_stop_the_run(tmp_path):
