@@ -11,7 +11,7 @@ lacks does not exist for the agent: if the ball is missing here, no policy will 
        v                                                                              |
     vectors z (16, 512)  --- nearest of 512 codes --->  tokens (16,)  --- look-up --->  codes (16, 512)
 
-    gradient:  reconstruction loss -> decoder -> (straight-through) -> z -> encoder; the codebook loss alone moves codes
+    gradient:  reconstruction -> decoder -> (straight-through) -> z -> encoder; commitment -> encoder; codebook -> codes
 
 Run it:    python iris_tokenizer.py     (a minute on one core; opencv-python writes its picture)
 Reuse it:  copy this file; it needs torch only.
@@ -25,8 +25,8 @@ Reuse it:  copy this file; it needs torch only.
     tokens = tokenizer.encode(frames)                           # (2, 16) int64
     reconstructions = tokenizer.decode(tokens)                  # (2, 3, 64, 64) in [0, 1]
 
-The paper trains with Adam, rate 1e-4, 256 frames a step, gradient norm clipped at 10. All randomness is torch's global
-generator's; encoding has none. [paper] is IRIS, [Delta-IRIS] arXiv 2406.19320, [ours] neither. Sizes are the paper's.
+The paper trains with Adam, rate 1e-4, 256 frames a step, gradient norm clipped at 10. Random numbers come from torch's
+global generator; encoding draws none. [paper] is IRIS or its code, [Delta-IRIS] arXiv 2406.19320, [ours] neither.
 """
 import hashlib
 import socket
@@ -43,20 +43,20 @@ FRAME_SIZE = 64  # pixels of a frame, in height and in width
 
 @dataclass
 class TokenizerConfig:
-    """Sizes and loss weights of the tokenizer. The defaults are the published ones; what is [ours] is off."""
+    """Sizes and loss weights of the tokenizer. The defaults are IRIS's; those of the pixel loss are Delta-IRIS's."""
 
     vocab_size: int = 512  # Number of codes, V
     code_dim: int = 512  # Width of a code and of the encoder's outputs, D
-    channels: tuple[int, ...] = (64, 64, 64, 64, 64)  # Width of each level; a level has half the resolution of the last
-    blocks: tuple[int, ...] = (2, 2, 2, 2, 2)  # Residual blocks of each encoder level; the decoder has one more, or 0
-    attention_at: tuple[int, ...] = (16, 8)  # Resolutions, in pixels, at which self-attention follows each block
+    channels: tuple[int, ...] = (64, 64, 64, 64, 64)  # Width of each level, of half the resolution of the previous one
+    blocks: tuple[int, ...] = (2, 2, 2, 2, 2)  # Residual blocks of an encoder level; the decoder has one more, unless 0
+    attention_at: tuple[int, ...] = (16, 8)  # Resolutions with attention after each block; the middle always has it
     commitment_weight: float = 1.0  # Of the commitment loss, with the perceptual loss
     pixel_commitment_weight: float = 0.02  # Of the commitment loss, with the pixel loss [Delta-IRIS]
-    worst_values: int = 1  # Pixel loss: how many of a frame's 12,288 squared errors, the largest, weigh extra
+    worst_values: int = 1  # Pixel loss: how many of a frame's 12,288 squared errors, the largest, get extra weight
     worst_weight: float = 0.01  # Pixel loss: weight of their mean [Delta-IRIS]
-    revive_after: int = 50  # A training loop moves codes that more batches did not use (`Codebook.revive`) [ours]
+    revive_after: int = 50  # Codes that more batches in a row did not use are moved: see `Codebook.revive` [ours]
     local_encoder: bool = False  # Strided convolutions alone, so that a moving object changes nearby tokens only [ours]
-    standardize: bool = False  # A training loop calls `fit_pixels` before its first step [ours]
+    standardize: bool = False  # Not read here: a training loop is to call `fit_pixels` before its first step [ours]
 
     @property
     def tokens_per_frame(self) -> int:
@@ -89,8 +89,8 @@ class Codebook(nn.Embedding):
             "codebook": F.mse_loss(codes, z.detach()),  # moves the codes towards the vectors
             "commitment": commitment_weight * F.mse_loss(z, codes.detach()),  # moves the vectors towards the codes
         }
-        # The choice of the nearest code has no derivative. Straight-through estimator: the value is that of the codes,
-        # and the gradient that arrives here is passed to z unchanged.
+        # The choice of the nearest code has no derivative. Straight-through estimator: the output equals the codes, and
+        # the gradient that arrives here is passed to z unchanged.
         return z + (codes - z).detach(), losses
 
     @torch.no_grad()
@@ -98,22 +98,22 @@ class Codebook(nn.Embedding):
         """Moves each code that more than `after` batches in a row did not use, to one of the vectors z (..., D) [ours].
 
         An unused code gets no gradient and would stay unused. Its new place is a vector drawn with a probability
-        proportional to the squared distance from its nearest code, all places at once (k-means++ would renew the
-        distances after each). To be called in each training step, before `loss`.
+        proportional to the squared distance from its nearest code: k-means++, but without new distances after each
+        draw, so two codes may meet. Call it in each training step, before `loss`, which then uses the moved codes.
         """
         z = z.flatten(0, -2)  # (M, D)
         tokens = self.nearest(z)  # (M,)
         self.unused_for.add_(1).index_fill_(0, tokens, 0)
         unused = self.unused_for > after  # (V,)
         distances = (z - self(tokens)).square().sum(dim=1) + 1e-12  # (M,)
-        distances = distances.nan_to_num(nan=1.0, posinf=1.0)  # multinomial rejects NaN, which the loss is to show
-        # V places are drawn though few are needed: with fixed shapes, no step waits for a GPU.
+        distances = distances.nan_to_num(nan=1.0, posinf=1.0)  # multinomial rejects NaN; let the loss show it
+        # V places are drawn though few are needed: with fixed shapes, the CPU need not wait for the GPU.
         places = z[torch.multinomial(distances, len(self.weight), replacement=True)]  # (V, D)
         self.weight.copy_(torch.where(unused[:, None], places, self.weight))
         self.unused_for.masked_fill_(unused, 0)
 
 
-# --- Encoder and decoder; layers have the names of the published checkpoints, with _ for . ----------------------------
+# --- Encoder and decoder. Layers are named as in published checkpoints; down.0.block.1 is down_0_block_1 here ---------
 def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
 
@@ -144,7 +144,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """x + single-head attention among all pixels, which a few 3x3 convolutions do not connect. Keeps (N, C, H, W)."""
+    """x + single-head attention among all pixels: 3x3 convolutions do not connect distant ones. Keeps (N, C, H, W)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -200,7 +200,7 @@ def build_encoder(config: TokenizerConfig) -> nn.Sequential:
 
 
 def build_decoder(config: TokenizerConfig) -> nn.Sequential:
-    """(N, D, 4, 4) -> scaled frames (N, 3, 64, 64). The encoder's mirror image, one block a level richer."""
+    """(N, D, 4, 4) -> scaled frames (N, 3, 64, 64). The encoder's mirror image, with one more block a level."""
     channels = config.channels
     layers: dict[str, nn.Module] = {"conv_in": conv3x3(config.code_dim, channels[-1])} | mid_layers(channels[-1])
     for level, (width, blocks) in reversed(list(enumerate(zip(channels, config.blocks, strict=True)))):
@@ -232,7 +232,7 @@ class Tokenizer(nn.Module):
         self.to(memory_format=torch.channels_last)  # for speed, as all channels_last here
 
     def encoder_outputs(self, frames: Tensor) -> Tensor:
-        """Frames (N, 3, 64, 64) in [0, 1] -> vectors z (N, K, D) float32, with gradient."""
+        """Frames (N, 3, 64, 64) float32 in [0, 1] -> vectors z (N, K, D) float32, with gradient."""
         x = ((frames - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         return self.pre_quantization(self.encoder(x)).flatten(2).transpose(1, 2).float()
 
@@ -260,10 +260,10 @@ class Tokenizer(nn.Module):
     def fit_pixels(self, frames: Tensor) -> None:
         """Takes mean and std of each pixel from frames (N, 3, 64, 64) in [0, 1], once, before training [ours].
 
-        Most pixels hardly change. Divided by their std, those that do are most of what is encoded and decoded.
+        The mean is the static background; without it, what moves is most of what is encoded. The std scales it.
         """
         self.mean.copy_(frames.mean(dim=0))
-        self.std.copy_(frames.std(dim=0, correction=0) + 0.025)  # bounds the scale of a pixel that never changes
+        self.std.copy_(frames.std(dim=0, correction=0) + 0.025)  # a pixel that never changes is scaled by 40
 
     def loss(self, frames: Tensor, lpips: "Lpips | None" = None, z: Tensor | None = None) -> dict[str, Tensor]:
         """Frames (N, 3, 64, 64) in [0, 1] -> named scalar losses, whose sum is minimised.
@@ -286,9 +286,9 @@ def paper_loss(decoded: Tensor, frames: Tensor, lpips: "Lpips") -> dict[str, Ten
 
 
 def pixel_loss(decoded: Tensor, frames: Tensor, worst_values: int, worst_weight: float) -> dict[str, Tensor]:
-    """0.1 mean |d| + mean d^2 + weight * mean of each frame's largest d^2, for d = decoded - frames [Delta-IRIS].
+    """0.1 mean |d| + mean d^2 + worst_weight * mean of a frame's `worst_values` largest d^2; d = decoded - frames.
 
-    An Atari game's ball is 4 of 4,096 pixels: it hardly changes a mean, but its errors are among the largest.
+    [Delta-IRIS]. A game's ball is 4 of 4,096 pixels: it hardly changes a mean, but its errors are among the largest.
     """
     d = decoded - frames
     worst = d.square().flatten(1).topk(worst_values, dim=1).values.mean()
@@ -339,7 +339,7 @@ LPIPS_FILES = {  # name in torch.hub's cache: (address, kind of hash, beginning 
 
 
 def load_lpips() -> Lpips:
-    """LPIPS with its published weights, which are fetched into torch.hub's cache (TORCH_HOME) where they are missing.
+    """LPIPS with its published weights, on the CPU: 530 MB, fetched into torch.hub's cache (TORCH_HOME) where missing.
 
     Raises OSError, in one line, if a file can't be fetched or is damaged, or the network is silent for 10 seconds.
     """
@@ -375,7 +375,6 @@ def build_local_encoder(config: TokenizerConfig) -> nn.Sequential:
 
 
 # --- The lesson: python iris_tokenizer.py trains a small tokenizer on the game of Catch -------------------------------
-
 SMALL_TOKENIZER = TokenizerConfig(
     vocab_size=64, code_dim=32, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 0, 1), attention_at=(),
     local_encoder=True, standardize=True,
@@ -393,7 +392,7 @@ def draw_catch(row: Tensor, column: Tensor, paddle: Tensor) -> Tensor:
 def play_catch(episodes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Random play: frames (E, 7, 3, 64, 64), actions (0 left, 1 stay, 2 right), rewards and ends (E, 7), for chapter 2.
 
-    The ball falls a row a step. When it is in row 7, which no frame shows, the episode ends: +1 on the paddle, else -1.
+    The ball falls a row a step. The seventh action brings it to row 7 and ends the episode: +1 on the paddle, else -1.
     """
     column, paddle = torch.randint(8, (episodes,)), torch.full((episodes,), 4)
     frames, actions = [], torch.randint(3, (episodes, 7))
