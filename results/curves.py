@@ -2,8 +2,9 @@
 
     python results/curves.py runs/a runs/b ... --png results/catch.png --csv results/catch.csv --random -0.75
 
-Each run is a thin line, the mean over the runs of a game a thick one. Numbers that were kept can be drawn again, beside
-new runs: name the CSV like a run.
+Each run is a thin line with its seed, the mean over the runs of a game a thick one, over environment steps. What was
+trained after the last of these (ten epochs of the laptop preset) stands at the right edge. Numbers that were kept can be
+drawn again, beside new runs: name the CSV like a run.
 """
 import csv
 import json
@@ -30,7 +31,6 @@ def read(folder: str) -> dict:
     """A run -> its game, seed and precision, and (epoch, environment steps, mean test return) of each evaluation."""
     args = json.loads((Path(folder) / "args.json").read_text())
     events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
-    # TensorBoard's step is the environment's, of which an epoch after the last that plays has as many as the one before.
     # An epoch logs its number first, so an evaluation is of the epoch that was logged last before it.
     epochs, points = events.Scalars("charts/epoch"), {}
     for event in events.Scalars("eval/episodic_return"):
@@ -59,21 +59,24 @@ def main(args: Args) -> None:
     for path in args.runs:
         runs += read_csv(path) if path.endswith(".csv") else [read(path)]
     for run in runs:
-        games[run["game"]].append(run["points"])
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), dpi=120, layout="constrained")
-    for (game, curves), colour in zip(games.items(), plt.rcParams["axes.prop_cycle"].by_key()["color"]):
-        by_epoch = defaultdict(list)
-        for curve in curves:
-            axes.plot([epoch for epoch, *_ in curve], [value for *_, value in curve], color=colour, lw=0.8, alpha=0.5)
-            for epoch, _, value in curve:
-                by_epoch[epoch].append(value)
-        whole = sorted(epoch for epoch, values in by_epoch.items() if len(values) == len(curves))
-        name = f"{game.split(':')[-1].removesuffix('NoFrameskip-v4')}, mean of {len(curves)}"
-        axes.plot(whole, [np.mean(by_epoch[epoch]) for epoch in whole], color=colour, lw=2.5, label=name)
+        games[run["game"]].append(run)
+    figure, axes = plt.subplots(figsize=(7.2, 3.8), dpi=120, layout="constrained")
+    colours = iter(plt.rcParams["axes.prop_cycle"].by_key()["color"])
+    for game, its_runs in games.items():
+        name, by_epoch = game.split(":")[-1].split("NoFrameskip")[0].split("-v")[0], defaultdict(list)
+        for run in its_runs:
+            steps, values = [x for _, x, _ in run["points"]], [value for *_, value in run["points"]]
+            label = f"{name}, seed {run['seed']}, {run['precision']}"
+            axes.plot(steps, values, color=next(colours), lw=1.2, marker="o", ms=3, alpha=0.8, label=label)
+            for epoch, step, value in run["points"]:
+                by_epoch[epoch].append((step, value))
+        whole = [np.mean(points, axis=0) for _, points in sorted(by_epoch.items()) if len(points) == len(its_runs)]
+        if len(its_runs) > 1:
+            axes.plot(*zip(*whole), color="black", lw=2.5, alpha=0.5, label=f"mean of {len(its_runs)}")
     if args.random is not None:
         axes.axhline(args.random, color="grey", ls=":", label="random play")
-    axes.set(xlabel="epoch", ylabel="mean return of test games")
-    axes.legend(frameon=False)
+    axes.set(xlabel="environment steps", ylabel="mean return of test games")
+    axes.legend(frameon=False, fontsize=8)
     for path in filter(None, (args.png, args.csv)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.png)
