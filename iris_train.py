@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import defaultdict, deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -232,6 +233,7 @@ def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_los
 # --- Replay -----------------------------------------------------------------------------------------------------------
 # Frame, action, reward as the game gave it, and 1 where the episode ended with it: a life, a game, or the time limit
 STEP = np.dtype([("frames", "u1", FRAME_SPACE.shape), ("actions", "<i8"), ("rewards", "<f4"), ("ends", "u1")])
+FORMAT = 1  # of replays and checkpoints; changes when those of earlier versions can't be read any more
 
 
 class Steps:
@@ -556,30 +558,29 @@ def evaluate(run: Run) -> None:
         metrics["eval/episodic_length"] = np.mean([game["length"] for game in games])
         save_episode(episodes / "test", name, games[returns.argmax()]["steps"], returns.max())  # the best of them
         test, losses = Steps(np.concatenate([game["steps"] for game in games])), {}
+        pictures: dict[str, dict[str, Tensor]] = {}
 
         if run.epoch >= args.tokenizer_from:
             indices, _ = test.sample(rng, 128, range(1), args.draw)
             losses |= agent.tokenizer.loss(test.frames_at(indices[:, 0], run.device), run.lpips)
             frames = test.frames_at(np.linspace(0, len(test) - 1, 8).astype(int), run.device)
-            rows = {"test games": frames, "reconstructions": agent.tokenizer.reconstruct(frames)}
-            image = labelled_rows(rows, run.folder / f"media/reconstructions/{name}.png")
-            run.writer.add_image("reconstructions", image, run.x_axis(), dataformats="HWC")
+            pictures["reconstructions"] = {"test games": frames, "reconstructions": agent.tokenizer.reconstruct(frames)}
 
         if run.epoch >= args.world_model_from:
             indices, columns = sample_sequences(run, test, rng, 16)
             tokens = agent.tokenizer.encode(test.frames_at(indices.ravel(), run.device)).unflatten(0, indices.shape)
             losses |= agent.world_model.loss(tokens, *columns)
             real = test.frames_at(np.arange(min(args.horizon, test.stops[0])), run.device)
-            dreamed = [run.dream.reset(real[:1])]
-            for action in test.actions[: len(real) - 1]:
-                dreamed.append(run.dream.step(torch.tensor([action], device=run.device))[0])
-            rows = {"test game": real[::2], "dream, same actions": torch.cat(dreamed)[::2]}
-            image = labelled_rows(rows, run.folder / f"media/dreams/{name}.png")
-            run.writer.add_image("dream", image, run.x_axis(), dataformats="HWC")
+            actions = torch.tensor(test.actions[: len(real) - 1], device=run.device)
+            dreamed = [run.dream.reset(real[:1]), *(run.dream.step(action[None])[0] for action in actions)]
+            pictures["dreams"] = {"test game": real[::2], "dream, same actions": torch.cat(dreamed)[::2]}
             rollout = dream_from_replay(run, rng, 1)
             columns = to_stored(torch.stack(rollout.frames, dim=1)), rollout.actions, rollout.rewards, rollout.ends
             dream = {key: column[0].cpu().numpy() for key, column in zip(STEP.names, columns, strict=True)}
             save_episode(episodes / "imagination", name, dream)
+        for kind, rows in pictures.items():
+            image = labelled_rows(rows, run.folder / f"media/{kind}/{name}.png")
+            run.writer.add_image(kind, image, run.x_axis(), dataformats="HWC")
     metrics |= {f"eval/{key}_loss": value.item() for key, value in losses.items()}
 
 
@@ -587,8 +588,8 @@ def save_episode(folder: Path, name: str, steps: np.ndarray | dict, total: float
     """Keeps an episode, of the columns of STEP, as `{name}_return_{total}.npz`; of all, the last ten and the best stay.
     `total` is the return, where these are not all its steps. Raises OSError."""
     total = float(steps["rewards"].sum() if total is None else total)
-    content = {"return": total} | {key: steps[key] for key in STEP.names}
-    write_file(folder / f"{name}_return_{total:g}.npz", lambda file: np.savez_compressed(file, **content))
+    columns = {key: steps[key] for key in STEP.names} | {"return": total}
+    write_file(folder / f"{name}_return_{total:g}.npz", lambda file: np.savez_compressed(file, **columns))
     paths = sorted(folder.glob("*_return_*.npz"))
     best = max(paths, key=lambda path: float(path.stem.split("_return_")[1]))
     for path in {*paths[:-10]} - {best}:
@@ -631,9 +632,6 @@ def log(run: Run, seconds: float) -> None:
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
-FORMAT = 1  # changes where checkpoints of earlier versions can't be read any more
-
-
 def checkpoint_path(run_or_checkpoint: Path | str) -> Path:
     """A run's folder, or a checkpoint itself -> the checkpoint."""
     path = Path(run_or_checkpoint)
@@ -661,11 +659,13 @@ def read_checkpoint(run_or_checkpoint: Path | str) -> tuple[dict, Args]:
     one's are the paper's, and its game is the file's name (Breakout.pt). Raises IrisError for any other file."""
     path = checkpoint_path(run_or_checkpoint)
     try:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError(damaged)
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError as error:
-        raise IrisError(f"there is no checkpoint at {path}: {error.strerror}") from error
-    except Exception as error:  # torch.load has half a dozen errors for a file that is cut short or of another kind
-        raise IrisError(f"{path} is no readable checkpoint: it is cut short, or another kind of file") from error
+        raise IrisError(f"no checkpoint can be read at {path}: {error.strerror}") from error
+    except Exception as error:  # torch.load has half a dozen errors for a file of another kind
+        raise IrisError(f"{path} is no readable checkpoint: it is damaged, or another kind of file") from error
     if "actor_critic.actor_linear.weight" in content:
         return content, Args(env_id=f"{path.stem}NoFrameskip-v4")
     if content.get("format") != FORMAT:

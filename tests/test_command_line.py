@@ -140,9 +140,9 @@ def test_tensorboard_file_of_a_short_run_holds_scalars_images_and_arguments(fini
         for tag in tags:
             assert sorted(scalars[tag]) == steps and np.isfinite(list(scalars[tag].values())).all(), tag
     assert scalars["charts/epoch"] == {25: 1, 50: 2, 75: 3, 100: 4}
-    for tag in ("reconstructions", "dream"):
+    for tag in ("reconstructions", "dreams"):
         assert [e.step for e in events.Images(tag)] == [50, 100]
-    strip = cv2.imdecode(np.frombuffer(events.Images("dream")[0].encoded_image_string, np.uint8), 1)
+    strip = cv2.imdecode(np.frombuffer(events.Images("dreams")[0].encoded_image_string, np.uint8), 1)
     assert strip.shape == (2 * 66 * 2, 150 + 2 * 66 * 2, 3)  # every other one of 3 frames, of the game and dreamed
     text = events.Tensors("arguments/text_summary")[0].tensor_proto.string_val[0].decode()
     assert '"world_model_steps": 2,' in text
@@ -243,13 +243,13 @@ BAD_INPUT = {
     "actions not discrete": (["--env-id", "tests.games:Continuous-v0"], "needs Discrete"),
     "observation no image": (["--env-id", "tests.games:Vector-v0"], "needs an image"),
     "reward no number": ([*FAST, "--env-id", "tests.games:Poisoned-v0"], "gave the reward nan"),
-    "no checkpoint": (["--init-from", "FILES/none.pt"], "there is no checkpoint at"),
-    "truncated checkpoint": (["--init-from", "FILES/cut.pt"], "cut short"),
+    "no checkpoint": (["--init-from", "FILES/none.pt"], "no checkpoint can be read at"),
+    "truncated checkpoint": (["--init-from", "FILES/cut.pt"], "it is damaged, or another kind of file"),
     "no checkpoint at all": (["--init-from", "FILES/text.pt"], "no readable checkpoint"),
     "foreign checkpoint": (["--init-from", "FILES/other.pt"], "is no checkpoint of an IRIS run of this version, and not a published one"),
     "other actions": (["--init-from", "FILES/Pong.pt"], r"world_model of .*Pong.pt does not fit \(it is for 6 actions\)"),
     "other sizes": (["--init-from", "RUN"], "tokenizer of .* does not fit .*its --tokenizer... arguments, or omit it from --init-models"),
-    "nothing to resume": (["--resume", "FILES/nowhere"], "there is no checkpoint at"),
+    "nothing to resume": (["--resume", "FILES/nowhere"], "no checkpoint can be read at"),
     "resume of another game": (["--resume", "RUN", "--env-id", "PongNoFrameskip-v4"], "env_id Breakout.*not Pong"),
     "resume elsewhere": (["--resume", "RUN", "--run-dir", "/tmp/x"], "is a run with run_dir .*, not /tmp/x: leave that out"),
     "resume with other sizes": (["--resume", "RUN", "--world-model.layers", "3"], "is a run with world_model"),

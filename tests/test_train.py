@@ -776,6 +776,16 @@ def test_a_checkpoint_of_another_version_is_refused(run, number):
         load_agent(path)
 
 
+def test_a_checkpoint_with_zeroed_bytes_is_refused(run):
+    iris_train.save_checkpoint(run)
+    path = run.folder / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 400] = bytes(400)  # amid the weights
+    path.write_bytes(content)
+    with pytest.raises(IrisError, match="no readable checkpoint: it is damaged"):
+        load_agent(path)
+
+
 def test_a_run_older_than_an_argument_has_that_arguments_default(run):
     iris_train.save_checkpoint(run)
     path = run.folder / "checkpoint.pt"
