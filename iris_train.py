@@ -571,7 +571,7 @@ def evaluate(run: Run) -> None:
             tokens = agent.tokenizer.encode(test.frames_at(indices.ravel(), run.device)).unflatten(0, indices.shape)
             losses |= agent.world_model.loss(tokens, *columns)
             real = test.frames_at(np.arange(min(args.horizon, test.stops[0])), run.device)
-            actions = torch.tensor(test.actions[: len(real) - 1], device=run.device)
+            actions = torch.tensor(test.actions[: len(real) - 1].tolist(), device=run.device)
             dreamed = [run.dream.reset(real[:1]), *(run.dream.step(action[None])[0] for action in actions)]
             pictures["dreams"] = {"test game": real[::2], "dream, same actions": torch.cat(dreamed)[::2]}
             rollout = dream_from_replay(run, rng, 1)
