@@ -557,8 +557,7 @@ def evaluate(run: Run) -> None:
         metrics["eval/episodic_return"], metrics["eval/episodic_return_std"] = returns.mean(), returns.std()
         metrics["eval/episodic_length"] = np.mean([game["length"] for game in games])
         save_episode(episodes / "test", name, games[returns.argmax()]["steps"], returns.max())  # the best of them
-        test, losses = Steps(np.concatenate([game["steps"] for game in games])), {}
-        pictures: dict[str, dict[str, Tensor]] = {}
+        test, losses, pictures = Steps(np.concatenate([game["steps"] for game in games])), {}, {}
 
         if run.epoch >= args.tokenizer_from:
             indices, _ = test.sample(rng, 128, range(1), args.draw)
@@ -855,15 +854,16 @@ def keep_freed_memory() -> None:
 
 
 def start_logs(run: Run) -> SummaryWriter:
-    """Writes settled arguments, libraries' versions and the git commit to args.json and to TensorBoard."""
-    settled = {"device": str(run.device), "precision": "bf16" if run.bf16 else "fp32"}
-    settled["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")}
+    """Writes settled arguments, versions and the git commit to args.json, and to TensorBoard, where `purge_step` hides
+    what an epoch had logged that was killed, and is played again."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")}
+    settled = {"device": str(run.device), "precision": "bf16" if run.bf16 else "fp32", "versions": versions}
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     text = json.dumps(asdict(run.args) | settled | {"git_commit": git.stdout.strip() or None}, indent=2)
     (run.folder / "args.json").write_text(text + "\n")
-    # purge_step hides what an epoch logged that was killed before it was saved, and is played again
     writer = SummaryWriter(str(run.folder), purge_step=run.x_axis() + 1)
-    writer.add_text("arguments", f"<pre>{text}</pre>", run.x_axis())
+    if run.epoch == 0:
+        writer.add_text("arguments", f"<pre>{text}</pre>", 0)
     return writer
 
 

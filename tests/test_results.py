@@ -1,10 +1,17 @@
 """The promises of the scripts in results/."""
+import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import aggregate
+import export
+import games  # noqa: F401  registers the small games
+import iris_train
+from test_train import FAST
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -46,3 +53,44 @@ def test_games_with_other_numbers_of_runs_are_refused():
     assert aggregate.normalise({"B": [1.0], "A": [3.0]}, reference).tolist() == [[3.0], [0.5]]
     with pytest.raises(ValueError, match="as many runs"):
         aggregate.normalise({"A": [1.0], "B": [1.0, 2.0]}, reference)
+
+
+# --- models that come with the clone ----------------------------------------------------------------------------------
+def test_a_small_model_is_a_checkpoint_like_any_other_with_its_weights_rounded_to_float16(tmp_path):
+    argv = [*FAST, "--env-id", "Counter-v0", "--run-dir", str(tmp_path / "run"), "--epochs", "1", "--eval-every", "0"]
+    iris_train.main(iris_train.parse_args(argv))
+    export.main(export.Options(tmp_path / "run", tmp_path / "models/counter.pt"))
+    (agent, args), (small, small_args) = (iris_train.load_agent(tmp_path / x) for x in ("run", "models/counter.pt"))
+    assert args.run_dir and small_args == dataclasses.replace(args, run_dir="")
+    for (name, weight), other in zip(agent.state_dict().items(), small.state_dict().values(), strict=True):
+        assert torch.equal(weight.half().to(weight.dtype) if weight.is_floating_point() else weight, other), name
+    sizes = [(tmp_path / x).stat().st_size for x in ("models/counter.pt", "run/checkpoint.pt")]
+    assert sizes[0] < sizes[1] / 5
+    argv = [*FAST, "--env-id", "Counter-v0", "--run-dir", str(tmp_path / "next"), "--init-from", str(tmp_path / "models/counter.pt")]
+    fresh = iris_train.build(iris_train.parse_args(argv)).agent
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), small.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("path", sorted((RESULTS / "models").glob("*.pt")), ids=lambda path: path.name)
+def test_models_that_come_with_the_clone_load_and_are_small(path):
+    agent, args = iris_train.load_agent(path)
+    assert path.stat().st_size < 5e6 and path.stem in args.env_id.lower() and not args.run_dir
+    frames = torch.rand(1, 3, 64, 64)
+    assert (agent.tokenizer.reconstruct(frames) - 0.5).abs().max() <= 0.5 and agent.world_model.num_actions > 1
+
+
+# --- README -----------------------------------------------------------------------------------------------------------
+def test_the_readme_is_short_counts_its_lines_right_and_points_to_files_that_are_there():
+    text = (RESULTS.parent / "README.md").read_text()
+    assert len(text.split()) <= 1500
+    counted = {file: int(lines) for file, lines in re.findall(r"\| `(iris_\w+\.py)` \| (\d+) \|", text)}
+    assert counted == {path.name: len(path.read_text().splitlines()) for path in RESULTS.parent.glob("iris_*.py")}
+    for name, folder in (("README.md", RESULTS.parent), ("results/README.md", RESULTS)):
+        links = re.findall(r"\]\((?!http)([^)#]+)\)", (RESULTS.parent / name).read_text())
+        assert links and all((folder / link).exists() for link in links), [x for x in links if not (folder / x).exists()]
+
+
+def test_scripts_that_documents_name_are_there():
+    for document in (RESULTS.parent / "README.md", RESULTS / "README.md"):
+        scripts = set(re.findall(r"\b((?:results|tests)/\w+\.py)\b", document.read_text()))
+        assert scripts and all((RESULTS.parent / script).exists() for script in scripts), scripts
