@@ -73,15 +73,14 @@ class Args:
     run_dir: str = ""  # Folder of the run; empty is runs/{env_id}__iris__{seed}__{time}
     resume: str = ""  # Folder of a run to go on with; all other arguments default to those of that run
     init_from: str = ""  # Checkpoint of a run, or a published one, whose weights to start from
-    init_models: tuple[Model, ...] = get_args(Model)  # With init_from: which models to take over
+    init_models: tuple[Model, ...] = get_args(Model)  # With init_from: the models to take over, with their sizes
 
     epochs: int = 600  # Epochs of the run
     collect_epochs: int = 500  # The game is played in the first this many epochs
     collect_steps: int = 200  # Environment steps played in each of them; 500 x 200 is the 100,000 of Atari 100k
     collect_epsilon: float = 0.01  # Probability of a uniformly random action while collecting
     collect_temperature: float = 1.0  # Temperature of the policy while collecting
-    # [ours] Until the actor-critic is trained, hold an action for k steps, P(k) ~ 1 / k^2, this many at most (arXiv
-    collect_hold: int = 1  # 2006.01782, temporally extended exploration): games like Freeway need it
+    collect_hold: int = 1  # [ours] Until the policy is trained, actions are held for k steps, P(k) ~ 1/k^2, at most this
     noop_max: int = 30  # Training games start with 1 to this many no-ops
     max_frames: int = 20_000  # Frames after which a training game is cut off; raw ones in an Atari game
     draw: Literal["episodes", "steps"] = "episodes"  # What the replay draws uniformly: episodes [paper] or steps
@@ -188,16 +187,16 @@ class GameFrames(gym.Wrapper):
             if self.life_lost or not (terminated or truncated):  # losing another life does not end the game either
                 self.life_lost = False
                 return frame, info
-        self.screen, info = self.env.reset(seed=seed, options=options)
+        self.screen, info = self.play(self.env.reset, seed=seed, options=options)
         for _ in range(self.np_random.integers(1, self.noop_max + 1) if self.atari else 0):
-            self.screen, *_, info = self.env.step(0)
+            self.screen, *_, info = self.play(self.env.step, 0)
         self.lives, self.life_lost = self.unwrapped.ale.lives() if self.atari else 0, False
         return resize_frame(self.screen), info
 
     def step(self, action: int):
         images, total = [], 0.0
         for _ in range(4 if self.atari else 1):
-            image, reward, terminated, truncated, info = self.env.step(action)
+            image, reward, terminated, truncated, info = self.play(self.env.step, action)
             images.append(image)
             total += float(reward)
             if terminated or truncated:
@@ -208,6 +207,18 @@ class GameFrames(gym.Wrapper):
             lives, before = self.unwrapped.ale.lives(), self.lives
             self.lives, self.life_lost = lives, 0 < lives < before and not (terminated or truncated)
         return frame, total, terminated or self.life_lost, truncated, {**info, "life_lost": self.life_lost}
+
+    def play(self, function: Callable, *arguments, **options) -> tuple:
+        """Calls the environment: somebody else's code, which may fail in any way. Raises IrisError for its faults."""
+        try:
+            image, *rest = function(*arguments, **options)
+            fits = image.dtype == np.uint8 and image.shape == self.env.observation_space.shape
+            assert fits, f"the image is {image.shape} of {image.dtype}"
+            assert len(rest) in (1, 4), f"{function.__name__} gave {1 + len(rest)} values"
+            assert len(rest) == 1 or abs(float(rest[0])) < 1e9, f"the reward is {rest[0]}"
+            return image, *rest
+        except (Exception, SystemExit) as error:
+            raise IrisError(f"{self.env.spec.id} failed in step {self.env._elapsed_steps}: {error!r}") from error
 
 
 def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_loss_ends: bool = False) -> gym.Env:
@@ -287,11 +298,10 @@ class Replay(Steps):
         """One step. It can be read after the next `flush`."""
         self.file.write(np.array((frame, action, reward, end), STEP).tobytes())
 
-    def flush(self, to_disk: bool = False) -> None:
-        """Makes appended steps readable, and, with `to_disk`, safe against a power cut."""
+    def flush(self) -> None:
+        """Makes appended steps readable, and safe against a power cut."""
         self.file.flush()
-        if to_disk:
-            os.fsync(self.file.fileno())
+        os.fsync(self.file.fileno())
         empty = os.path.getsize(self.file.name) == 0  # an empty file can't be mapped
         super().__init__(np.empty(0, STEP) if empty else np.memmap(self.file.name, STEP, mode="r"))
 
@@ -492,7 +502,7 @@ def collect(run: Run) -> None:
         with run.autocast():
             seen = to_model(torch.from_numpy(run.frame)[None].to(device))
             actions, state = agent.act(seen, state, args.collect_temperature)
-        if hold == 0:  # else the last `action` is repeated
+        if hold == 0:  # else the last `action` is held (temporally extended exploration, arXiv 2006.01782)
             action, hold = int(actions), 1
             if run.rng.random() < args.collect_epsilon:
                 action = int(run.rng.integers(run.env.action_space.n))
@@ -500,8 +510,6 @@ def collect(run: Run) -> None:
                 hold = min(int(run.rng.zipf(2.0)), args.collect_hold)
         hold -= 1
         frame, reward, terminated, truncated, info = run.env.step(action)
-        if not np.isfinite(reward):
-            raise IrisError(f"{args.env_id} gave the reward {reward} at step {step}: mend the environment")
         replay.append(run.frame, action, float(reward), terminated or truncated)
         run.frame = frame
         if terminated or truncated:
@@ -638,8 +646,7 @@ def checkpoint_path(run_or_checkpoint: Path | str) -> Path:
 
 
 def save_checkpoint(run: Run) -> None:
-    """Writes what resuming after this epoch needs, except for the replay, which is synced first. Raises OSError."""
-    run.replay.flush(to_disk=True)
+    """Writes what resuming after this epoch needs, beside the replay. Raises OSError."""
     content = {
         "format": FORMAT, "args": asdict(run.args), "num_actions": run.agent.world_model.num_actions,
         "epoch": run.epoch, "agent": run.agent.state_dict(),
@@ -720,21 +727,6 @@ def load_agent(run_or_checkpoint: Path | str) -> tuple[Agent, Args]:
         raise IrisError(f"{run_or_checkpoint} is no whole published checkpoint ({error})") from error
 
 
-def init_from(agent: Agent, args: Args) -> None:
-    """Copies `init_models` of another agent into this one (`--init-from`). Raises IrisError where they don't fit."""
-    source, source_args = load_agent(args.init_from)
-    for name in args.init_models:
-        try:
-            if getattr(args, name) != getattr(source_args, name):
-                raise RuntimeError
-            getattr(agent, name).load_state_dict(getattr(source, name).state_dict())
-        except RuntimeError as error:
-            raise IrisError(
-                f"the {name} of {args.init_from} does not fit (it is for {source.world_model.num_actions} actions): "
-                f"give this run its --{name.replace('_', '-')}... arguments, or omit it from --init-models"
-            ) from error
-
-
 # --- Starting ---------------------------------------------------------------------------------------------------------
 def parse_args(argv: list[str]) -> Args:
     """The command line -> Args. Flags override a preset, or the arguments of a resumed run. Raises IrisError."""
@@ -805,6 +797,10 @@ def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Optimizer
 
 def build(args: Args) -> Run:
     """All that a run needs, from its arguments: new, or as a resumed one was."""
+    taken = args.init_models if args.init_from and not args.resume else ()
+    source, source_args = load_agent(args.init_from) if taken else (None, args)
+    for name in taken:  # its sizes come along with a model
+        setattr(args, name, getattr(source_args, name))
     check(args)
     keep_freed_memory()
     torch.manual_seed(args.seed)
@@ -821,8 +817,12 @@ def build(args: Args) -> Run:
         print(f"warning: training with the pixel loss, not the paper's perceptual loss: {error}", file=sys.stderr)
     args.perceptual_loss = "lpips" if lpips else "pixel"  # auto is settled
     agent = build_agent(args, int(env.action_space.n))
-    if args.init_from and not args.resume:
-        init_from(agent, args)
+    try:
+        for name in taken:
+            getattr(agent, name).load_state_dict(getattr(source, name).state_dict())
+    except RuntimeError as error:
+        raise IrisError(f"the {name} of {args.init_from} does not fit the other models, or {env.action_space.n} "
+                        "actions: omit it from --init-models") from error  # fmt: skip
     agent.to(device)
     name = f"runs/{args.env_id.replace('/', '-').replace(':', '-')}__iris__{args.seed}__{int(time.time())}"
     folder = checkpoint_path(args.resume).parent if args.resume else Path(args.run_dir or name)

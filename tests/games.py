@@ -44,12 +44,31 @@ class Forgetful(Counter):
         return np.random.default_rng().integers(256, size=(32, 48, 3), dtype=np.uint8)
 
 
-class Poisoned(Counter):
-    """Its rewards stop being numbers."""
+class Faulty(Counter):
+    """Does something wrong in its third step."""
+
+    def __init__(self, fault=""):
+        self.fault = fault
 
     def step(self, action):
-        frame, reward, *rest = super().step(action)
-        return frame, float("nan"), *rest
+        image, reward, *rest = super().step(action)
+        if self.count == 3:
+            match self.fault:
+                case "nan" | "1e300" | "word":
+                    reward = self.fault if self.fault == "word" else float(self.fault)
+                case "none":
+                    reward = None
+                case "floats":
+                    image = image.astype(np.float32)
+                case "shape":
+                    image = image[:16]
+                case "four":
+                    return image, reward, False, {}
+                case "error":
+                    raise OSError(28, "No space left on device")
+                case "exit":
+                    raise SystemExit(0)
+        return image, reward, *rest
 
 
 class Broken(Counter):
@@ -57,5 +76,12 @@ class Broken(Counter):
         1 / 0
 
 
-for _game in (Broken, Counter, Grey, Vector, Continuous, Forgetful, Poisoned):
+for _game in (Broken, Counter, Grey, Vector, Continuous, Forgetful):
     gym.register(f"{_game.__name__}-v0", entry_point=_game)
+FAULTS = {  # fault -> what is said of it
+    "nan": "the reward is nan", "1e300": r"the reward is 1e\+300", "word": "could not convert string", "none": "TypeError",
+    "floats": r"the image is \(32, 48, 3\) of float32", "shape": r"the image is \(16, 48, 3\) of uint8",
+    "four": "step gave 4 values|not enough values", "error": "OSError.*No space left on device", "exit": "SystemExit",
+}  # fmt: skip
+for _fault in FAULTS:
+    gym.register(f"Faulty-{_fault}-v0", entry_point=Faulty, kwargs={"fault": _fault})

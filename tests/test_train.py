@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import games  # noqa: F401  registers the small games
+import games
 import iris_train
 from iris_train import STEP, Args, IrisError, Replay, load_agent, make_env, parse_args, resize_frame
 
@@ -161,6 +161,17 @@ def test_other_games_are_resized_and_grey_ones_get_three_channels():
 def test_environments_that_will_not_do_are_refused_in_one_helpful_line(env_id, message):
     with pytest.raises(IrisError, match=message) as error:
         make_env(env_id)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fault", games.FAULTS)
+def test_what_a_game_does_wrong_is_said_in_one_line_with_its_name_and_step(fault):
+    env = make_env(f"Faulty-{fault}-v0")
+    env.reset(seed=2)
+    for _ in range(2):
+        env.step(0)
+    with pytest.raises(IrisError, match=f"^Faulty-{fault}-v0 failed in step [23]: .*{games.FAULTS[fault]}") as error:
+        env.step(0)
     assert "\n" not in str(error.value)
 
 
@@ -611,11 +622,11 @@ def test_evaluating_changes_no_weights_no_draws_and_no_replay(tmp_path):
 
 
 def test_of_the_test_games_of_an_evaluation_the_best_is_kept_with_its_whole_return(run, monkeypatch):
-    def games(*_):
+    def games_of_an_evaluation(*_):
         steps = np.zeros(3, STEP)
         return [{"return": 99.5 if i == 2 else i, "length": 3, "steps": steps.copy()} for i in range(20)]
 
-    monkeypatch.setattr(iris_train, "play_test_episodes", games)
+    monkeypatch.setattr(iris_train, "play_test_episodes", games_of_an_evaluation)
     run.epoch, run.args.tokenizer_from, run.args.world_model_from = 4, 9, 9
     iris_train.evaluate(run)
     (path,) = (run.folder / "media/episodes/test").iterdir()
@@ -846,10 +857,12 @@ def test_init_from_takes_over_the_chosen_models_only(run, tmp_path):
     for name, same in (("tokenizer", True), ("world_model", False), ("actor_critic", True)):
         pairs = zip(getattr(fresh, name).parameters(), getattr(run.agent, name).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) == same
-    argv += ["--actor-critic.no-standardize", "--run-dir", str(tmp_path / "third")]  # weights for frames seen otherwise
-    with pytest.raises(IrisError, match="actor_critic of .* does not fit .*--init-models"):
+    argv += ["--world-model.width", "16", "--tokenizer.vocab-size", "32", "--run-dir", str(tmp_path / "third")]
+    other = iris_train.build(parse_args(argv))  # sizes come along
+    assert other.args.world_model == run.args.world_model and other.args.tokenizer == run.args.tokenizer
+    argv = [*argv[:-1], str(tmp_path / "fourth"), "--init-models", "world_model"]  # of 512 codes, where there are 32
+    with pytest.raises(IrisError, match="world_model of .* does not fit .*--init-models"):
         iris_train.build(parse_args(argv))
-    iris_train.build(parse_args([*argv, "--init-models", "tokenizer", "world_model"]))
 
 
 def test_catch_pays_whoever_is_under_the_ball_and_the_best_player_always_is():
