@@ -80,7 +80,7 @@ class Args:
     collect_steps: int = 200  # Environment steps played in each of them; 500 x 200 is the 100,000 of Atari 100k
     collect_epsilon: float = 0.01  # Probability of a uniformly random action while collecting
     collect_temperature: float = 1.0  # Temperature of the policy while collecting
-    collect_hold: int = 1  # [ours] Until the policy is trained, actions are held for k steps, P(k) ~ 1/k^2, at most this
+    collect_hold: int = 1  # [ours] Until the policy is trained, hold actions for k steps, P(k) ~ 1/k^2, at most this
     noop_max: int = 30  # Training games start with 1 to this many no-ops
     max_frames: int = 20_000  # Frames after which a training game is cut off; raw ones in an Atari game
     draw: Literal["episodes", "steps"] = "episodes"  # What the replay draws uniformly: episodes [paper] or steps
