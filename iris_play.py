@@ -10,7 +10,7 @@ chooses the actions, and the transformer of chapter 2 answers with the next fram
     5. the page magnifies it by a whole number             ->  640 x 640 pixels     showPanels, in PAGE
 
 What the player sees of this:
-    16 tokens   Each stands for about 16 x 16 pixels. A ball of two pixels jumps, doubles or is gone with one wrong code.
+    16 tokens   Each stands for about 16 x 16 pixels. One wrong token, and a ball of two pixels jumps, or is gone.
     sampling    Rewards, ends and tokens are drawn, not argmaxed: the same keys in the same frame give another dream.
     refill      The context holds 20 steps. When it is full, the latest 10 are kept and read again: this step is slower,
                 and what was out of sight for 10 steps is forgotten.
@@ -39,7 +39,6 @@ import time
 import webbrowser
 from collections import deque
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Iterator
 
@@ -199,23 +198,17 @@ KEYS = {"left": "LEFT", "right": "RIGHT", "up": "UP", "down": "DOWN", "space": "
 WORDS = re.compile(r"UP|DOWN|LEFT|RIGHT|FIRE|\d+")
 
 
-def action_names(env) -> list[str]:
-    """The game's own names, such as RIGHTFIRE, or else numbers."""
-    meanings = getattr(env.unwrapped, "get_action_meanings", None)
-    return list(meanings()) if meanings else [str(number) for number in range(env.action_space.n)]
-
-
 def choose(names: list[str], held: list[str]) -> int:
     """The keys held, oldest first -> of the actions whose every word is held the one with most words, and among equals
     the one with the newest keys. With nothing held that is NOOP, or the first action."""
-    words, wanted = [WORDS.findall(name) for name in names], list(dict.fromkeys(KEYS[key] for key in held if key in KEYS))
+    wanted = list(dict.fromkeys(KEYS[key] for key in held if key in KEYS))
 
-    def fit(action: int) -> tuple[int, int]:
-        if not set(words[action]) <= set(wanted):
-            return -1, 0
-        return len(words[action]), sum(2 ** wanted.index(word) for word in words[action])  # a newer key outweighs older
+    def fit(action: int) -> tuple:
+        newest_first = sorted((wanted.index(word) for word in WORDS.findall(names[action]) if word in wanted), reverse=True)
+        return len(newest_first), newest_first
 
-    return max(range(len(names)), key=fit)
+    possible = [action for action, name in enumerate(names) if {*WORDS.findall(name)} <= {*wanted}]
+    return max(possible, key=fit, default=0)
 
 
 def think(agent: Agent, moment: Moment, device: torch.device) -> None:
@@ -319,8 +312,6 @@ def human_normalised(env_id: str, mean_return: float) -> float | None:
 
 def evaluate(agent: Agent, settings: iris_train.Args, args: Args, device: torch.device, checkpoint: Path) -> None:
     """Plays whole test games, at most 16 side by side, and prints what they returned."""
-    if args.json:
-        assert_writable(Path(args.json))
     settings.test_episodes, settings.test_envs = args.evaluate, min(16, args.evaluate)
     settings.test_temperature, env_id = args.temperature, settings.env_id
     games = iris_train.play_test_episodes(agent, settings, device, args.seed, keep=0)
@@ -334,9 +325,9 @@ def evaluate(agent: Agent, settings: iris_train.Args, args: Args, device: torch.
     for name, value in statistics.items():
         print(f"  {name.replace('_', ' '):17}" + ("        -" if value is None else f"{value:9.2f}"))
     if args.json:
-        how = {"temperature": str(args.temperature), "seed": args.seed, "returns": returns.tolist()}
-        what = {"env_id": env_id, "checkpoint": str(checkpoint), "episodes": n}
-        write(Path(args.json), json.dumps(what | statistics | how, indent=2).encode() + b"\n")
+        how = {"env_id": env_id, "checkpoint": str(checkpoint), "episodes": n, "temperature": str(args.temperature)}
+        result = how | statistics | {"seed": args.seed, "returns": returns.tolist()}
+        write(Path(args.json), json.dumps(result, indent=2).encode() + b"\n")
 
 
 # --- Video files ------------------------------------------------------------------------------------------------------
@@ -359,17 +350,16 @@ class Video:
     def __init__(self, path: Path, fps: float):
         self.path, self.beside, self.fps = path, path.with_name("." + path.name), fps
         self.pictures, self.writer, self.count = [], None, 0
-        assert_writable(path)
+        write(self.beside, b"")  # says before anything is played if there can be no file
 
     def show(self, panels: list[Panel], status: dict | None = None) -> None:
         code, self.count = {".webm": "VP80", ".mp4": "mp4v"}.get(self.path.suffix), self.count + 1
         picture = np.ascontiguousarray(paint(panels, 448 if code else 256)[..., ::-1])
         if not code:
-            self.pictures.append(picture)
-            return
+            return self.pictures.append(picture)
         if not self.writer:
-            self.size, stderr, nothing = picture.shape[1::-1], os.dup(2), os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, 2)  # OpenCV complains about the name of VP8, and then takes it
+            self.size, stderr = picture.shape[1::-1], os.dup(2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # OpenCV complains about the name of VP8, and then takes it
             self.writer = cv2.VideoWriter(str(self.beside), cv2.VideoWriter_fourcc(*code), self.fps, self.size)
             os.dup2(stderr, 2)
         self.writer.write(cv2.resize(picture, self.size))  # it changes where the number of panels does
@@ -379,139 +369,126 @@ class Video:
 
     def close(self) -> Path | None:
         """Raises IrisError if the file is not whole. Without any picture there is none."""
+        whole = not self.count
         if self.writer:
             self.writer.release()
-            reader = cv2.VideoCapture(str(self.beside))
-            if sum(iter(reader.grab, False)) == self.count:
+            if whole := sum(iter(cv2.VideoCapture(str(self.beside)).grab, False)) == self.count:
                 self.beside.replace(self.path)
-            self.beside.unlink(missing_ok=True)
-        elif self.pictures:
-            unit = 10 if self.path.suffix == ".gif" else 1  # a GIF counts time in hundredths of a second
-            times = np.round(np.arange(self.count + 1) * 1000 / self.fps / unit) * unit
+        self.beside.unlink(missing_ok=True)
+        if self.pictures:
+            times = np.round(np.arange(self.count + 1) * 100 / self.fps) * 10  # a GIF counts hundredths of a second
             animation = cv2.Animation()
             animation.frames, animation.durations = self.pictures, np.diff(times).astype(np.int32)
-            write(self.path, cv2.imencodeanimation(self.path.suffix, animation, [cv2.IMWRITE_GIF_QUALITY, 1])[1].tobytes())
-        if self.count and not self.path.exists():
+            whole, content = cv2.imencodeanimation(self.path.suffix, animation, [cv2.IMWRITE_GIF_QUALITY, 1])
+            write(self.path, content.tobytes())
+        if not whole:
             raise IrisError(f"can't write {self.path} whole: is the disk full?")
         print(f"{self.path}: {self.count} frames", flush=True)
         return self.path if self.count else None
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
-PAGE = """<!doctype html><html lang=en><meta charset=utf-8><link rel=icon href="data:,">
-<meta name=viewport content="width=device-width, initial-scale=1"><title>IRIS</title>
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><link rel=icon href="data:,"><title>IRIS</title>
+<meta name=viewport content="width=device-width, initial-scale=1">
 <style>
 :root { color-scheme: light dark; --text: light-dark(#1c2128, #e6e9ee); --soft: light-dark(#57606a, #9aa4b0);
-  --back: light-dark(#eef0f3, #0f1216); --card: light-dark(#fff, #191d23); --line: light-dark(#d4d9df, #2c323b);
-  --main: light-dark(#0b62c4, #62a8ff); --warm: light-dark(#b34700, #ffb454); --on: light-dark(#fff, #0f1216) }
+  --card: light-dark(#fff, #191d23); --line: light-dark(#d0d5dc, #2f363f); --main: light-dark(#0b62c4, #62a8ff) }
 * { box-sizing: border-box; margin: 0 } [hidden] { display: none !important } em, i { font-style: normal }
-body { display: grid; grid: auto 1fr auto / 1fr 312px; grid-template-areas: "head head" "main side" "bar bar"; gap: 8px;
-  height: 100dvh; padding: 8px 12px; overflow: hidden; font: 15px/1.35 system-ui, sans-serif; color: var(--text);
-  background: var(--back) }
-header { grid-area: head; display: flex; gap: 2px 16px; align-items: baseline; white-space: nowrap }
-h1 { font-size: 18px } #about { color: var(--soft); overflow: hidden; text-overflow: ellipsis }
-#notice { color: var(--warm); font-weight: 600; margin-left: auto; white-space: normal }
+body { display: grid; grid: auto 1fr auto / minmax(0, 1fr) 312px; grid-template-areas: "head head" "main side" "bar bar";
+  height: 100dvh; overflow: hidden; padding: 8px 12px; gap: 8px; font: 15px/1.35 system-ui, sans-serif;
+  color: var(--text); background: light-dark(#eef0f3, #0f1216) }
+header { grid-area: head; display: flex; gap: 2px 16px; align-items: baseline } h1 { font-size: 18px; white-space: nowrap }
+#about { color: var(--soft); flex: 1 } #notice { color: light-dark(#b34700, #ffb454); font-weight: 600 }
 main { grid-area: main; position: relative; display: flex; gap: 16px; align-items: center; justify-content: center;
-  min-width: 0; min-height: 0 } figcaption { font-weight: 600; height: 26px; width: 0; white-space: nowrap }
-.frame { position: relative; background: #000 } .frame * { position: absolute; inset: 0; width: 100%; height: 100% }
+  min-height: 0 } figcaption { font-weight: 600; height: 26px; width: 0; white-space: nowrap }
+.frame { position: relative; background: #000 } .frame > * { position: absolute; inset: 0; width: 100%; height: 100% }
 img { image-rendering: pixelated } .note { background: var(--card); padding: 9% } .tokens { display: grid; font-size: 14px }
-.frame b { position: static; border: 1px solid #fff4; padding: 0 4px; color: #fff; text-shadow: 0 0 3px #000, 0 0 2px #000 }
-.frame .lit { background: #ffd60a4d; border: 2px solid #ffd60a }
-video { position: absolute; max-width: 100%; max-height: 100%; outline: 3px solid var(--main) }
-aside { grid-area: side; display: flex; flex-direction: column; gap: 8px; min-height: 0; overflow: hidden }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 7px 12px }
+.tokens b { border: 1px solid #fff4; padding: 0 4px; overflow: hidden; color: #fff; text-shadow: 0 0 3px #000, 0 0 2px #000 }
+.tokens .on { background: #ffd60a4d; border: 2px solid #ffd60a } video { position: absolute; max-width: 100%; height: 100% }
+aside { grid-area: side; display: flex; flex-direction: column; gap: 8px; min-height: 0 }
+section, button, #pad b, a { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 6px 10px }
 h2 { font-size: 14px; color: var(--soft); display: flex; justify-content: space-between } h2 b { color: var(--text) }
 dl { display: grid; grid-template-columns: auto 1fr auto 1fr; gap: 2px 10px } dt { color: var(--soft) }
-dd { font-weight: 600; white-space: nowrap; font-variant-numeric: tabular-nums } #shares i { text-align: right }
+dd { font-weight: 600; white-space: nowrap; font-variant-numeric: tabular-nums }
 #shares { display: grid; grid-template-columns: auto 1fr 3em; gap: 2px 8px; align-items: center; font-size: 14px }
-#shares.many { gap: 0 6px; line-height: 1.15 } .done { color: var(--main); font-weight: 700 }
+#shares.many { gap: 0 6px; line-height: 1.15 } #shares .on { color: var(--main); font-weight: 700 } i { text-align: right }
 s { height: 11px; border-radius: 3px; background: linear-gradient(var(--main) 0 0) 0 / var(--share) no-repeat, var(--line) }
 svg { width: 100%; height: 56px; display: block; fill: none; stroke: var(--main); stroke-width: 2 }
-svg * { vector-effect: non-scaling-stroke } path { stroke: var(--line) }
 nav { grid-area: bar; display: flex; flex-wrap: wrap; gap: 6px; justify-content: center }
-button, a { font: inherit; font-size: 14px; color: var(--text); background: var(--card); padding: 5px 9px; cursor: pointer;
-  border: 1px solid var(--line); border-radius: 7px; text-decoration: none; white-space: nowrap; touch-action: manipulation }
-button:hover { border-color: var(--main) } button:focus-visible, a:focus-visible { outline: 3px solid var(--warm) }
-nav button::before { content: attr(value); margin-right: 7px; opacity: .65; font-family: ui-monospace, monospace }
-[aria-pressed=true], #pad .on { background: var(--main); color: var(--on) }
-#pad { grid-area: pad; display: none; justify-content: space-between; align-items: center; padding: 0 12px; height: 126px;
-  touch-action: none; user-select: none; -webkit-user-select: none } #fire { width: 104px; height: 104px }
-#cross { display: grid; grid: repeat(3, 42px) / repeat(3, 42px) } #pad b { display: grid; place-items: center;
-  background: var(--card); border: 1px solid var(--line); border-radius: 8px } #pad b:empty { opacity: .4 }
+button, a { font: inherit; font-size: 14px; color: var(--text); text-decoration: none; white-space: nowrap; cursor: pointer }
+nav button::before { content: attr(value); margin-right: 7px; opacity: .65; font-family: monospace }
+[aria-pressed=true], #pad .on { background: var(--main); color: light-dark(#fff, #0f1216) }
+#pad { grid-area: pad; display: none; justify-content: space-between; padding: 0 8px; touch-action: none; user-select: none }
+#cross { display: grid; grid: repeat(3, 42px) / repeat(3, 42px) } #fire { width: 126px }
+#pad b { display: grid; place-items: center } #pad b:empty { opacity: .4 }
 @media (pointer: coarse) { #pad { display: flex } nav button::before, #keys { display: none } }
 @media (max-width: 800px) and (orientation: portrait) {
-  body { grid: auto 1fr repeat(3, auto) / 1fr; grid-template-areas: "head" "main" "side" "pad" "bar"; padding: 4px 6px }
-  header { flex-wrap: wrap } h1 { font-size: 16px } #about, #rewards, #keys, #policy:has(.many) { display: none }
-  aside { display: grid; grid-template-columns: 1fr 1fr; gap: 6px } section { padding: 4px 8px } svg { height: 44px }
+  body { grid: auto 1fr repeat(3, auto) / minmax(0, 1fr); grid-template-areas: "head" "main" "side" "pad" "bar"; gap: 5px;
+    padding: 5px } header { flex-wrap: wrap } #about, #rewards, #keys, #policy:has(.many) { display: none }
+  aside { display: grid; grid-template-columns: 1fr 1fr; gap: 5px } section { padding: 3px 8px } svg { height: 44px }
   dl { grid-template-columns: repeat(3, auto 1fr); font-size: 14px; gap: 0 6px } :has(> dl) { grid-column: 1 / 3 }
-  nav { display: grid; grid-template-columns: repeat(4, 1fr); gap: 4px } button { padding: 4px 2px }
+  nav { display: grid; grid-template-columns: repeat(4, 1fr); gap: 4px } button { padding: 4px 1px }
 }
 </style>
 <header><h1 id=title>IRIS</h1><span id=about></span><span id=notice role=status>Connecting</span></header>
-<main id=stage></main>
-<aside><section><dl id=facts></dl></section> <section id=policy><h2>Policy</h2><div id=shares></div></section>
-<section id=values><h2>Value <b></b></h2></section> <section id=rewards><h2>Reward <b></b></h2></section>
-<section id=drifts><h2>Difference of what moves <b></b></h2></section>
+<main id=stage></main> <aside><section><dl id=facts></dl></section>
+<section id=policy><h2>Policy</h2><div id=shares></div></section> <section id=values><h2>Value <b></b></h2></section>
+<section id=rewards><h2>Reward <b></b></h2></section> <section id=drifts><h2>Difference of what moves <b></b></h2></section>
 <section id=recorded hidden><button id=watch>watch</button> <a id=download>download the recording</a></section>
 <section id=keys><h2>Keys</h2><span id=help></span></section></aside>
-<div id=pad><div id=cross><b data-keys="up left"></b><b data-keys=up>&#x25B4;</b><b data-keys="up right"></b>
-<b data-keys=left>&#x25C2;</b><i></i><b data-keys=right>&#x25B8;</b><b data-keys="down left"></b><b data-keys=down>&#x25BE;</b>
-<b data-keys="down right"></b></div><b id=fire data-keys=space>FIRE</b></div> <nav id=bar></nav>
+<div id=pad><div id=cross><b id="up left"></b><b id=up>&#x25B4;</b><b id="up right"></b><b id=left>&#x25C2;</b><i></i>
+<b id=right>&#x25B8;</b><b id="down left"></b><b id=down>&#x25BE;</b><b id="down right"></b></div><b id=space>FIRE</b></div>
+<nav id=bar></nav>
 <script>
-const el = (id) => document.getElementById(id), tab = Math.random().toString(36).slice(2), buttons = {};
-const names = {ArrowLeft: "left", ArrowRight: "right", ArrowUp: "up", ArrowDown: "down", " ": "space", Enter: "enter"};
+const el = (id) => document.getElementById(id), tab = Math.random().toString(36), buttons = {}, down = {};
+const names = {ArrowLeft: "left", ArrowRight: "right", ArrowUp: "up", ArrowDown: "down", " ": "space"};
 const nameOf = (event) => names[event.key] ?? event.key.toLowerCase();
-let down = {}, count = 0, latest = null, tokensShown = false;
+let count = 0, latest = null, tokensShown = false;
 el("stage").innerHTML = `<figure hidden><figcaption></figcaption>
   <div class=frame><img alt=""><div class=tokens></div><div class=note></div></div></figure>`.repeat(3);
 
 // --- What the server sends
 function show(message) {
   latest = message;
-  const {place, who, action, paused, recording, keys, policy, value, traces, drift} = message;
-  const where = {game: "the game", dream: "the dream", both: "game and dream"}[place];
-  el("title").textContent = document.title = `IRIS: ${message.game}, ${where}`;
-  el("about").textContent = message.about;
-  el("help").textContent = message.help;
+  const {place, who, names, action, paused, recording, policy, traces, drift, file} = message;
   const marks = [paused && "paused", recording && "recording", message.end && "the end", message.trouble, message.warning];
-  el("notice").textContent = marks.filter(Boolean).join(" · ");
-  const facts = {Step: message.step, Return: message.return, Plays: who, Action: message.names[action] ?? "-",
+  const where = {game: "the game", dream: "the dream", both: "game and dream"}[place];
+  const texts = {title: `IRIS: ${message.game}, ${where}`, about: message.about, help: message.help,
+    notice: marks.filter(Boolean).join(" · ")};
+  for (const id in texts) el(id).textContent = texts[id];
+  const facts = {Step: message.step, Return: message.return, Plays: who, Action: names[action] ?? "-",
     Reward: message.reward, Speed: message.fps.toFixed(0)};
   el("facts").innerHTML = Object.entries(facts).map(([name, fact]) => `<dt>${name}<dd>${fact}`).join("");
   el("policy").hidden = !policy;
-  el("shares").className = message.names.length > 9 ? "many" : "";
-  el("shares").innerHTML = (policy ?? []).map((share, i) => `<em class=${i == action && "done"}>${message.names[i]}</em>
+  el("shares").className = names.length > 9 ? "many" : "";
+  el("shares").innerHTML = (policy ?? []).map((share, i) => `<em class=${i == action && "on"}>${names[i]}</em>
     <s style="--share: ${100 * share}%"></s><i>${Math.round(100 * share)}%</i>`).join("");
-  trace("values", traces[0], value?.toFixed(2));
+  trace("values", traces[0], message.value?.toFixed(2));
   trace("rewards", traces[1], message.reward);
   trace("drifts", traces[2], drift && `${drift[1].toFixed(3)} after ${drift[0]} steps`);
-  el("recorded").hidden = !message.file;
-  Object.assign(el("download"), {href: message.file, download: message.file});
+  el("recorded").hidden = !file;
+  Object.assign(el("download"), {href: file, download: file});
   showPanels(message.panels);
-  const texts = {enter: "restart", ".": paused ? "resume" : "pause", e: "one step", m: who == "you" ? "agent" : "take over",
+  const labels = {enter: "restart", ".": paused ? "resume" : "pause", e: "one step", m: who == "you" ? "agent" : "take over",
     t: {game: "into the dream", dream: "back to game", both: "dream anew"}[place], ",": recording ? "stop" : "record",
     n: "next", p: "previous", h: "start", left: "1 back", right: "1 on", down: "10 back", up: "10 on", g: "tokens",
     "-": "slower", "+": "faster", f: "full screen", q: "quit"};
   const on = {".": paused, ",": recording, g: tokensShown, f: document.fullscreenElement, t: place == "dream"};
-  for (const [key, text] of Object.entries(texts)) {
-    const hidden = !["g", "f", ...keys].includes(key);
+  for (const key in labels) {
+    const hidden = !["g", "f", ...message.keys].includes(key);
     buttons[key] ??= el("bar").appendChild(document.createElement("button"));
-    Object.assign(buttons[key], {value: key, textContent: text, hidden, ariaPressed: !!on[key]});
+    Object.assign(buttons[key], {value: key, textContent: labels[key], hidden, ariaPressed: !!on[key]});
   }
 }
 function trace(id, values, text) {
-  const known = (values ?? []).map((value, i) => [i, value]).filter((point) => point[1] !== null);
-  const high = Math.max(0.01, ...known.map((point) => point[1])), low = Math.min(0, ...known.map((point) => point[1]));
-  const y = (value) => 37 - 34 * (value - low) / (high - low);
-  const points = known.map(([i, value]) => `${i},${y(value)}`).join(" ");
-  el(id).hidden = text === undefined || text === null;
-  el(id).querySelector("b").textContent = text;
-  el(id).querySelector("svg")?.remove();
-  el(id).insertAdjacentHTML("beforeend", `<svg viewBox="0 0 100 40" preserveAspectRatio=none><path d="M0 ${y(0)}H100"/>
-    <polyline points="${points}"/></svg>`);
+  const known = (values ?? []).map((value, i) => [i, value ?? 0]), all = known.map((point) => point[1]);
+  const low = Math.min(0, ...all), high = Math.max(low + 0.01, ...all);
+  const points = known.map(([i, value]) => `${i},${37 - 34 * (value - low) / (high - low)}`).join(" ");
+  el(id).hidden = (text ?? null) === null;
+  el(id).innerHTML = `<h2>${el(id).firstChild.firstChild.textContent}<b>${text}</b></h2><svg viewBox="0 0 100 40"
+    preserveAspectRatio=none><polyline vector-effect=non-scaling-stroke points="${points}" /></svg>`;
 }
-function showPanels(panels) {
-  // Each is magnified by the largest whole number of the screen's pixels that leaves room for the others.
+function showPanels(panels) {  // each magnified by the largest whole number of screen pixels that leaves the others room
   const box = el("stage"), shapes = panels.reduce((sum, panel) => sum + panel.width / panel.height, 0);
   const height = Math.min(box.clientHeight - 26, (box.clientWidth - 16 * (panels.length - 1)) / shapes);
   document.querySelectorAll("figure").forEach((figure, i) => {
@@ -519,15 +496,24 @@ function showPanels(panels) {
     figure.hidden = !panel;
     if (!panel) return;
     const times = Math.max(1, Math.floor(height * devicePixelRatio / panel.height)) / devicePixelRatio;
-    const side = Math.sqrt(panel.tokens.length), columns = `repeat(${side}, 1fr)`;
-    Object.assign(frame.style, {width: panel.width * times + "px", height: panel.height * times + "px"});
-    Object.assign(tokens, {hidden: !tokensShown, style: `grid: ${columns} / ${columns}`});
-    Object.assign(note, {hidden: !latest.noise[panel.title], textContent: latest.noise[panel.title]});
+    const lines = `repeat(${Math.sqrt(panel.tokens.length)}, 1fr)`, noise = latest.noise[panel.title];
+    frame.style = `width: ${panel.width * times}px; height: ${panel.height * times}px`;
     title.textContent = panel.title;
     image.src = panel.png;
-    tokens.innerHTML = panel.tokens.map((token, j) => `<b class=${panel.changed[j] && "lit"}>${token}</b>`).join("");
+    Object.assign(note, {hidden: !noise, textContent: noise});
+    Object.assign(tokens, {hidden: !tokensShown, style: `grid: ${lines} / ${lines}`});
+    tokens.innerHTML = panel.tokens.map((token, j) => `<b class=${panel.changed[j] && "on"}>${token}</b>`).join("");
   });
 }
+const events = new EventSource("/pictures");
+events.onerror = () => el("notice").textContent = "No connection; trying again.";
+events.onmessage = (event) => {
+  const message = JSON.parse(event.data);
+  if (message.panels) show(message);
+  if (!message.over) return;
+  events.close();
+  el("notice").textContent = "Stopped. Start iris_play.py again to go on.";
+};
 
 // --- What the player does. Over a slow line messages may change order: each has a number, and older ones are ignored.
 const send = (pressed) => fetch("/keys", {method: "POST", keepalive: true,
@@ -540,18 +526,17 @@ function hold(place, keys) {  // `place` is a physical key, or a part of the pad
 }
 function press(key) {
   if (key == "g") tokensShown = !tokensShown;
-  else if (key == "f") document.fullscreenElement ? document.exitFullscreen() : document.documentElement.requestFullscreen();
+  else if (key == "f") document.fullscreenElement ? document.exitFullscreen() : document.body.requestFullscreen();
   else send([key]);
   show(latest);
 }
-for (const part of document.querySelectorAll("#pad b"))
-  for (const type of ["pointerdown", "pointerenter", "pointerup", "pointerleave", "pointercancel"])
-    part.addEventListener(type, (event) => {
-      const on = event.buttons > 0 && ["pointerdown", "pointerenter"].includes(type), keys = part.dataset.keys;
-      if (part.hasPointerCapture(event.pointerId)) part.releasePointerCapture(event.pointerId);  // fingers may slide on
-      part.classList.toggle("on", on);
-      hold(keys, on ? keys.split(" ") : []);
-    });
+for (const type of ["pointerdown", "pointerover", "pointerup", "pointerout", "pointercancel"])
+  el("pad").addEventListener(type, ({target, buttons, pointerId}) => {
+    const on = buttons > 0 && ["pointerdown", "pointerover"].includes(type) && target.tagName == "B";
+    if (target.hasPointerCapture(pointerId)) target.releasePointerCapture(pointerId);  // a finger may slide on
+    target.classList.toggle("on", on);
+    hold(target.id, on ? target.id.split(" ") : []);
+  });
 for (const type of ["blur", "visibilitychange"])
   addEventListener(type, () => Object.keys(down).forEach((place) => hold(place, [])));
 addEventListener("resize", () => latest && show(latest));
@@ -563,22 +548,14 @@ addEventListener("keydown", (event) => {
   if (!event.repeat) isAction ? hold(event.code || key, [key]) : press(key);
 });
 addEventListener("keyup", (event) => hold(event.code || nameOf(event), []));
-el("bar").onclick = (event) => {
-  if (event.target.value) press(event.target.value);
-  if (event.detail) event.target.blur();  // after the mouse, Enter and space belong to the game again
+el("bar").onclick = ({target, detail}) => {
+  if (target.value) press(target.value);
+  if (detail) target.blur();  // after the mouse, Enter and space belong to the game again
 };
 el("watch").onclick = () => {
   const video = document.querySelector("video"), more = {src: latest.file, controls: true, autoplay: true, muted: true};
   video ? video.remove() : el("stage").append(Object.assign(document.createElement("video"), more));
 };
-const events = new EventSource("/pictures");
-events.onmessage = (event) => {
-  const message = JSON.parse(event.data);
-  if (message.panels) show(message);
-  if (message.over) events.close();
-  if (message.over) el("notice").textContent = "Stopped. Start iris_play.py again to go on.";
-};
-events.onerror = () => el("notice").textContent = "No connection; trying again.";
 </script>"""
 
 
@@ -588,18 +565,15 @@ class Page:
     Any site that you visit may send requests to 127.0.0.1, so those from another origin, or for another name (DNS
     rebinding), are refused."""
 
-    HELD_FOR = 1.5  # seconds after a tab's last message: the line may have broken, or the tab been closed
-
     def __init__(self, host: str, port: int, fixed: dict):
         """Serves the page, and waits for its first visitor."""
         self.fixed, self.message, self.number, self.changed = fixed, "{}", 0, threading.Condition()
         self.tabs: dict[str, tuple[int, float, list[str]]] = {}  # number and time of its latest message, keys held
         self.pressed, self.recorded, self.visited = [], None, threading.Event()
         listener, name = listen(host, port), socket.gethostname()
-        self.hosts = {host, name, "localhost"}
-        self.server = make_server(host, 0, self.respond, True, request_handler=Handler, fd=listener.fileno())
+        self.hosts, own = {host, name, "localhost"}, listener.getsockname()[1]
+        self.server = make_server(host, own, self.respond, True, request_handler=Handler, fd=listener.fileno())
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        own = listener.getsockname()[1]
         address = f"http://{name if host in ('0.0.0.0', '::') else host}:{own}"
         taken = f" (port {port} is taken)" if port not in (0, own) else ""
         print(f"Open {address} in a browser{taken}. From another machine: ssh -L {own}:127.0.0.1:{own} {name}", flush=True)
@@ -616,12 +590,13 @@ class Page:
         by_site = request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and request.path != "/"
         if not is_ours or by_site or origin not in (None, f"http://{request.host}"):
             return Response("This page answers requests of its own only.", 403)
+        fresh = {"X-Frame-Options": "DENY", "Cache-Control": "no-store"}
         if request.path == "/":
-            return Response(PAGE, mimetype="text/html", headers={"X-Frame-Options": "DENY", "Cache-Control": "no-store"})
+            return Response(PAGE, mimetype="text/html", headers=fresh)
         if request.path == "/pictures":
-            return Response(self.messages(), mimetype="text/event-stream", headers={"Cache-Control": "no-store"})
+            return Response(self.messages(), mimetype="text/event-stream", headers=fresh)
         if self.recorded and request.path == f"/{self.recorded.name}":
-            return send_file(self.recorded, request.environ, mimetype="video/webm", conditional=True)
+            return send_file(self.recorded, request.environ)
         if request.path != "/keys" or request.method != "POST":
             return Response("There is nothing here.", 404)
         try:
@@ -640,9 +615,9 @@ class Page:
     def messages(self) -> Iterator[str]:
         """The newest message, as soon as there is another; after some seconds the same one, to see who is still there."""
         number = 0
+        self.visited.set()
         while number >= 0:
             with self.changed:
-                self.visited.set()
                 self.changed.wait_for(lambda: self.number != number, timeout=5)
                 number, message = self.number, self.message
             yield f"data: {message}\n\n"
@@ -650,30 +625,29 @@ class Page:
     def show(self, panels: list[Panel], status: dict) -> None:
         pictures = []
         for title, picture, moment in panels:
-            _, png = cv2.imencode(".png", picture[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
+            png = cv2.imencode(".png", picture[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
             tokens, before = ([] if x is None else x[0].tolist() for x in (moment.tokens, moment.before))
             pictures.append({
                 "title": title, "png": "data:image/png;base64," + base64.b64encode(png).decode(), "tokens": tokens,
                 "height": picture.shape[0], "width": picture.shape[1], "changed": [a != b for a, b in zip(tokens, before)],
             })  # fmt: skip
-        self.publish({"panels": pictures, "file": self.recorded.name if self.recorded else ""} | self.fixed | status)
-
-    def publish(self, message: dict) -> None:
+        file = self.recorded.name if self.recorded else ""
         with self.changed:
-            self.number, self.message = self.number + 1, json.dumps(message)
+            self.message, self.number = json.dumps(self.fixed | status | {"panels": pictures, "file": file}), self.number + 1
             self.changed.notify_all()
 
     def read(self, deadline: float) -> tuple[list[str], list[str]]:
         """Waits -> keys pressed since the last call, and keys held now. A tap counts for a step."""
         time.sleep(max(0.0, deadline - time.perf_counter()))
         with self.changed:
-            pressed, self.pressed, alive = self.pressed, [], time.perf_counter() - self.HELD_FOR
+            pressed, self.pressed = self.pressed, []
+            alive = time.perf_counter() - 1.5  # a tab may have been closed, or the line broken, with a key held
             self.tabs = {tab: state for tab, state in self.tabs.items() if state[1] > alive}
             held = [key for _, _, keys in self.tabs.values() for key in keys]
         return pressed, held + [key for key in pressed if key not in held]
 
     def close(self) -> None:
-        self.publish({"over": True})
+        self.show([], {"over": True})
         time.sleep(0.3)  # for the tabs to hear of it
         self.server.shutdown()
 
@@ -701,8 +675,7 @@ class Recorded:
     """The episodes in media/episodes/{test,train,imagination}, as an environment that doesn't heed the action."""
 
     def __init__(self, folder: Path):
-        self.paths = [path for kind in ("test", "train", "imagination") for path in sorted(folder.glob(f"{kind}/*.npz"))]
-        self.number = 0
+        self.paths, self.number = [p for kind in ("test", "train", "imagination") for p in sorted(folder.glob(f"{kind}/*.npz"))], 0
         if not self.paths:
             raise IrisError(f"there are no recorded episodes in {folder.resolve()}: evaluations record some")
 
@@ -739,13 +712,6 @@ def write(path: Path, content: bytes) -> None:
         raise IrisError(f"can't write {path}: {error.strerror}") from error
 
 
-def assert_writable(path: Path) -> None:
-    """Raises IrisError, before anything is played, where `path` can't be written."""
-    probe = path.with_name(f".{path.name}.probe")
-    write(probe, b"")
-    probe.unlink()
-
-
 PRETRAINED_URL = "https://huggingface.co/eloialonso/iris/resolve/main/pretrained_models/{}.pt"
 MODELS = Path(__file__).parent / "results" / "models"
 
@@ -779,19 +745,17 @@ def find_checkpoint(args: Args) -> Path | None:
 
 def check(args: Args) -> None:
     """Raises IrisError for arguments that no mode can have, before anything is loaded."""
-    suffix = Path(args.video).suffix
+    suffix, folder = Path(args.video).suffix, any(name and Path(name).is_dir() for name in (args.video, args.json))
     for wrong, text in (
         (args.agent and not args.world_model, "--agent needs --world-model"),
         (args.json and not args.evaluate, "--json needs --evaluate"),
         (args.video and (args.human or args.evaluate), "--video shows the agent: leave out --human and --evaluate"),
-        (args.video and suffix not in (".webm", ".mp4", ".gif", ".webp"),
-         f"--video {args.video}: its name has to end in .webm, .mp4, .gif or .webp"),
-        (suffix in (".gif", ".webp") and (args.steps > 1000 or args.fps > 50), f"a {suffix} has at most 1,000 steps, and "
-         "50 a second: write a .webm"),
-        (any(name and Path(name).is_dir() for name in (args.video, args.json)), "--video and --json are files, not folders"),
+        (folder or suffix not in ("", ".webm", ".mp4", ".gif", ".webp") or (args.video and not suffix),
+         f"--video '{args.video}' has to end in .webm, .mp4, .gif or .webp; neither it nor --json can be a folder"),
+        (suffix in (".gif", ".webp") and (args.steps > 1000 or args.fps > 50), f"a {suffix} has at most 1,000 steps, 50 a second"),
         (not 0.5 <= args.fps <= 1000, f"--fps {args.fps} is not from 0.5 to 1,000"),
         (not args.temperature >= 0, f"--temperature {args.temperature} is not 0 or more"),
-        (min(args.evaluate, args.steps, args.seed) < 0 or args.seed >= 2**31, "--evaluate, --steps or --seed is out of range"),
+        (not 0 <= min(args.evaluate, args.steps, args.seed) <= args.seed < 2**31, "--evaluate, --steps or --seed is out of range"),
         (not args.host or not 0 <= args.port < 2**16, f"no page can be served at --host '{args.host}' --port {args.port}"),
     ):  # fmt: skip
         if wrong:
@@ -817,7 +781,8 @@ def main(args: Args) -> None:
     device, bf16 = iris_train.choose_device(settings)
     torch.manual_seed(args.seed)
     env = make_env(env_id, max_frames=settings.test_max_frames)
-    names = action_names(env)
+    meanings = getattr(env.unwrapped, "get_action_meanings", lambda: map(str, range(env.action_space.n)))
+    names = list(meanings())  # the game's own, such as RIGHTFIRE, or else numbers
     if agent and len(names) != agent.world_model.num_actions:
         what = f"{checkpoint} knows {agent.world_model.num_actions} actions and {env_id} has {len(names)}"
         raise IrisError(f"{what}: name " + ("a checkpoint of this game" if args.env_id else "its game with --env-id"))
@@ -833,7 +798,7 @@ def main(args: Args) -> None:
         world = World(recorded or env, agent, device, args.seed, place, args.reconstruction or args.episodes)
         if recorded:
             moves = {"n": (1, 0), "p": (-1, 0), "h": (0, 0), "right": (0, 1), "left": (0, -1), "up": (0, 10), "down": (0, -10)}
-            world.commands |= {key: partial(recorded.move, world, *way) for key, way in moves.items()}
+            world.commands |= {key: lambda way=way: recorded.move(world, *way) for key, way in moves.items()}
         if args.video:
             endless = place != "game" or args.video.endswith((".gif", ".webp"))
             args.steps, episodes = args.steps or 1000 * endless, 0 if args.steps else 1
