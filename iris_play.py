@@ -56,6 +56,7 @@ from iris_agent import Agent, State, sample
 from iris_train import IrisError, make_env, to_model, to_stored
 from iris_world_model import Dream
 
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong with a video file, IrisError says
 Mode = tyro.conf.create_mutex_group(required=False, title="what to do (nothing: the agent plays the real game)")
 Source = tyro.conf.create_mutex_group(required=False, title="whose models (nothing: the newest run's under runs/)")
 
@@ -433,7 +434,7 @@ nav button::before { content: attr(value); margin-right: 7px; opacity: .65; font
 <header><h1 id=title>IRIS</h1><span id=about></span><span id=notice role=status>Connecting</span></header>
 <main id=stage></main> <aside><section><dl id=facts></dl></section>
 <section id=policy><h2>Policy</h2><div id=shares></div></section> <section id=values><h2>Value <b></b></h2></section>
-<section id=rewards><h2>Reward <b></b></h2></section> <section id=drifts><h2>Difference of what moves <b></b></h2></section>
+<section id=rewards><h2>Reward <b></b></h2></section> <section id=drifts><h2>Difference <b></b></h2></section>
 <section id=recorded hidden><button id=watch>watch</button> <a id=download>download the recording</a></section>
 <section id=keys><h2>Keys</h2><span id=help></span></section></aside>
 <div id=pad><div id=cross><b id="up left"></b><b id=up>&#x25B4;</b><b id="up right"></b><b id=left>&#x25C2;</b><i></i>
@@ -465,7 +466,7 @@ function show(message) {
     <s style="--share: ${100 * share}%"></s><i>${Math.round(100 * share)}%</i>`).join("");
   trace("values", traces[0], message.value?.toFixed(2));
   trace("rewards", traces[1], message.reward);
-  trace("drifts", traces[2], drift && `${drift[1].toFixed(3)} after ${drift[0]} steps`);
+  trace("drifts", traces[2], drift && `${drift[1].toFixed(3)}, step ${drift[0]}`);
   el("recorded").hidden = !file;
   Object.assign(el("download"), {href: file, download: file});
   showPanels(message.panels);
