@@ -9,7 +9,7 @@ chooses the actions, and the transformer of chapter 2 answers with the next fram
     4. the tokenizer's decoder turns these into a frame    ->  (1, 3, 64, 64)       Tokenizer.decode, chapter 1
     5. the page magnifies it by a whole number             ->  640 x 640 pixels     showPanels, in PAGE
 
-What the player sees of this:
+What the player sees of that:
     16 tokens   Each stands for about 16 x 16 pixels. One wrong token, and a ball of two pixels jumps, or is gone.
     sampling    Rewards, ends and tokens are drawn, not argmaxed: the same keys in the same frame give another dream.
     refill      The context holds 20 steps. When it is full, the latest 10 are kept and read again: this step is slower,
@@ -28,7 +28,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import base64
-import errno
 import json
 import os
 import re
@@ -203,13 +202,9 @@ def choose(names: list[str], held: list[str]) -> int:
     """The keys held, oldest first -> of the actions whose every word is held the one with most words, and among equals
     the one with the newest keys. With nothing held that is NOOP, or the first action."""
     wanted = list(dict.fromkeys(KEYS[key] for key in held if key in KEYS))
-
-    def fit(action: int) -> tuple:
-        newest_first = sorted((wanted.index(word) for word in WORDS.findall(names[action]) if word in wanted), reverse=True)
-        return len(newest_first), newest_first
-
-    possible = [action for action, name in enumerate(names) if {*WORDS.findall(name)} <= {*wanted}]
-    return max(possible, key=fit, default=0)
+    ages = [[wanted.index(word) if word in wanted else -1 for word in WORDS.findall(name)] for name in names]
+    possible = [action for action in range(len(names)) if -1 not in ages[action]]
+    return max(possible, key=lambda action: (len(ages[action]), sorted(ages[action], reverse=True)), default=0)
 
 
 def think(agent: Agent, moment: Moment, device: torch.device) -> None:
@@ -338,8 +333,8 @@ def paint(panels: list[Panel], height: int) -> np.ndarray:
     for title, picture, _ in panels:
         times = max(1, height // picture.shape[0])
         picture = picture.repeat(times, axis=0).repeat(times, axis=1)
-        bottom, right = max(0, height - picture.shape[0]), 8 - picture.shape[1] % 8  # codecs need even numbers
-        columns.append(np.pad(picture, ((24, bottom), (0, right), (0, 0))))
+        right = 8 - picture.shape[1] % 8  # codecs need even numbers
+        columns.append(np.pad(picture, ((24, max(0, height - picture.shape[0])), (0, right), (0, 0))))
         cv2.putText(columns[-1], title, (2, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (230, 230, 230), 1, cv2.LINE_AA)
     return np.concatenate(columns, axis=1)
 
@@ -368,24 +363,26 @@ class Video:
     def read(self, deadline: float) -> tuple[list[str], list[str]]:
         return [], []
 
-    def close(self) -> Path | None:
-        """Raises IrisError if the file is not whole. Without any picture there is none."""
-        whole = not self.count
+    def close(self) -> Path:
+        """Raises IrisError if the file is not whole."""
+        whole, content = False, None
         if self.writer:
             self.writer.release()
-            if whole := sum(iter(cv2.VideoCapture(str(self.beside)).grab, False)) == self.count:
-                self.beside.replace(self.path)
-        self.beside.unlink(missing_ok=True)
-        if self.pictures:
+            whole = sum(iter(cv2.VideoCapture(str(self.beside)).grab, False)) == self.count
+        elif self.pictures:
             times = np.round(np.arange(self.count + 1) * 100 / self.fps) * 10  # a GIF counts hundredths of a second
             animation = cv2.Animation()
             animation.frames, animation.durations = self.pictures, np.diff(times).astype(np.int32)
             whole, content = cv2.imencodeanimation(self.path.suffix, animation, [cv2.IMWRITE_GIF_QUALITY, 1])
+        if whole and self.writer:
+            self.beside.replace(self.path)
+        self.beside.unlink(missing_ok=True)
+        if content is not None:
             write(self.path, content.tobytes())
         if not whole:
             raise IrisError(f"can't write {self.path} whole: is the disk full?")
         print(f"{self.path}: {self.count} frames", flush=True)
-        return self.path if self.count else None
+        return self.path
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
@@ -394,64 +391,62 @@ PAGE = """<!doctype html><html lang=en><meta charset=utf-8><link rel=icon href="
 <style>
 :root { color-scheme: light dark; --text: light-dark(#1c2128, #e6e9ee); --soft: light-dark(#57606a, #9aa4b0);
   --card: light-dark(#fff, #191d23); --line: light-dark(#d0d5dc, #2f363f); --main: light-dark(#0b62c4, #62a8ff) }
-* { box-sizing: border-box; margin: 0 } [hidden] { display: none !important } em, i { font-style: normal }
+* { box-sizing: border-box; margin: 0 } [hidden] { display: none !important }
 body { display: grid; grid: auto 1fr auto / minmax(0, 1fr) 312px; grid-template-areas: "head head" "main side" "bar bar";
   height: 100dvh; overflow: hidden; padding: 8px 12px; gap: 8px; font: 15px/1.35 system-ui, sans-serif;
   color: var(--text); background: light-dark(#eef0f3, #0f1216) }
-header { grid-area: head; display: flex; gap: 2px 16px; align-items: baseline } h1 { font-size: 18px; white-space: nowrap }
-#about { color: var(--soft); flex: 1 } #notice { color: light-dark(#b34700, #ffb454); font-weight: 600 }
-main { grid-area: main; position: relative; display: flex; gap: 16px; align-items: center; justify-content: center;
-  min-height: 0 } figcaption { font-weight: 600; height: 26px; width: 0; white-space: nowrap }
-.frame { position: relative; background: #000 } .frame > * { position: absolute; inset: 0; width: 100%; height: 100% }
-img { image-rendering: pixelated } .note { background: var(--card); padding: 9% } .tokens { display: grid; font-size: 14px }
-.tokens b { border: 1px solid #fff4; padding: 0 4px; overflow: hidden; color: #fff; text-shadow: 0 0 3px #000, 0 0 2px #000 }
-.tokens .on { background: #ffd60a4d; border: 2px solid #ffd60a } video { position: absolute; max-width: 100%; height: 100% }
+header { grid-area: head; display: flex; gap: 0 16px; align-items: baseline } h1 { font-size: 18px } #about { flex: 1 }
+#notice { color: light-dark(#b34700, #ffb454); font-weight: 600 } #about, dt, h2 { color: var(--soft) }
+main { grid-area: main; container-type: size; position: relative; display: flex; gap: 16px; align-items: center;
+  justify-content: center } figcaption { font-weight: 600; height: 26px; width: 0; white-space: nowrap }
+/* A pixel of a picture, --pixels of which are its height, takes a whole number of the screen's pixels. */
+.frame { position: relative; aspect-ratio: var(--ratio); height: max(var(--pixels), round(down,
+  min(100cqh - 26px, (100cqw - 32px) / var(--ratios)), var(--pixels))) }
+.frame > * { position: absolute; inset: 0; width: 100%; height: 100% } img { image-rendering: pixelated }
+.note { background: var(--card); padding: 9% } .tokens { display: grid; grid: auto-flow 1fr / repeat(var(--side), 1fr) }
+.tokens b { border: 1px solid #fff4; padding: 0 4px; font-size: 14px; color: #fff; text-shadow: 0 0 3px #000, 0 0 2px #000;
+  overflow: hidden } .tokens .on { background: #ffd60a4d; border: 2px solid #ffd60a }
 aside { grid-area: side; display: flex; flex-direction: column; gap: 8px; min-height: 0 }
 section, button, #pad b, a { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 6px 10px }
-h2 { font-size: 14px; color: var(--soft); display: flex; justify-content: space-between } h2 b { color: var(--text) }
-dl { display: grid; grid-template-columns: auto 1fr auto 1fr; gap: 2px 10px } dt { color: var(--soft) }
-dd { font-weight: 600; white-space: nowrap; font-variant-numeric: tabular-nums }
-#shares { display: grid; grid-template-columns: auto 1fr 3em; gap: 2px 8px; align-items: center; font-size: 14px }
-#shares.many { gap: 0 6px; line-height: 1.15 } #shares .on { color: var(--main); font-weight: 700 } i { text-align: right }
-s { height: 11px; border-radius: 3px; background: linear-gradient(var(--main) 0 0) 0 / var(--share) no-repeat, var(--line) }
-svg { width: 100%; height: 56px; display: block; fill: none; stroke: var(--main); stroke-width: 2 }
+h2 { font-size: 14px; display: flex; justify-content: space-between } h2 b, dd { color: var(--text); font-weight: 600 }
+dl { display: grid; grid-template-columns: auto 1fr auto 1fr; gap: 2px 10px; white-space: nowrap }
+#shares { display: grid; grid-template-columns: auto 1fr auto; gap: 2px 8px; align-items: center; font-size: 14px }
+#shares .on { color: var(--main) } .many { line-height: 1.15 } meter { width: 100% } svg, video { width: 100%; height: 56px }
+svg { display: block; fill: none; stroke: var(--main); stroke-width: 2 } video { max-height: 120px; height: auto }
 nav { grid-area: bar; display: flex; flex-wrap: wrap; gap: 6px; justify-content: center }
-button, a { font: inherit; font-size: 14px; color: var(--text); text-decoration: none; white-space: nowrap; cursor: pointer }
+button, a { font: inherit; font-size: 14px; color: var(--text); text-decoration: none; white-space: nowrap }
 nav button::before { content: attr(value); margin-right: 7px; opacity: .65; font-family: monospace }
 [aria-pressed=true], #pad .on { background: var(--main); color: light-dark(#fff, #0f1216) }
 #pad { grid-area: pad; display: none; justify-content: space-between; padding: 0 8px; touch-action: none; user-select: none }
-#cross { display: grid; grid: repeat(3, 42px) / repeat(3, 42px) } #fire { width: 126px }
-#pad b { display: grid; place-items: center } #pad b:empty { opacity: .4 }
+#cross { display: grid; grid: repeat(3, 42px) / repeat(3, 42px) } #pad b { display: grid; place-items: center }
 @media (pointer: coarse) { #pad { display: flex } nav button::before, #keys { display: none } }
 @media (max-width: 800px) and (orientation: portrait) {
   body { grid: auto 1fr repeat(3, auto) / minmax(0, 1fr); grid-template-areas: "head" "main" "side" "pad" "bar"; gap: 5px;
     padding: 5px } header { flex-wrap: wrap } #about, #rewards, #keys, #policy:has(.many) { display: none }
-  aside { display: grid; grid-template-columns: 1fr 1fr; gap: 5px } section { padding: 3px 8px } svg { height: 44px }
-  dl { grid-template-columns: repeat(3, auto 1fr); font-size: 14px; gap: 0 6px } :has(> dl) { grid-column: 1 / 3 }
-  nav { display: grid; grid-template-columns: repeat(4, 1fr); gap: 4px } button { padding: 4px 1px }
+  aside { display: grid; grid-template-columns: 1fr 1fr; gap: 5px } section { padding: 3px 8px }
+  dl { grid-template-columns: repeat(3, auto 1fr); gap: 0 6px } section:has(dl) { grid-column: 1 / 3; font-size: 14px }
+  aside:has(#drifts:not([hidden])) #policy { display: none } nav button { padding: 4px 6px; flex: 1 }
 }
 </style>
 <header><h1 id=title>IRIS</h1><span id=about></span><span id=notice role=status>Connecting</span></header>
 <main id=stage></main> <aside><section><dl id=facts></dl></section>
-<section id=policy><h2>Policy</h2><div id=shares></div></section> <section id=values><h2>Value <b></b></h2></section>
-<section id=rewards><h2>Reward <b></b></h2></section> <section id=drifts><h2>Difference <b></b></h2></section>
-<section id=recorded hidden><button id=watch>watch</button> <a id=download>download the recording</a></section>
-<section id=keys><h2>Keys</h2><span id=help></span></section></aside>
-<div id=pad><div id=cross><b id="up left"></b><b id=up>&#x25B4;</b><b id="up right"></b><b id=left>&#x25C2;</b><i></i>
+<section id=policy><h2>Policy</h2><div id=shares></div></section> <section id=values></section>
+<section id=rewards></section> <section id=drifts></section> <section id=keys><h2>Keys</h2><span id=help></span></section>
+<section id=recorded hidden><h2>Recording <a id=download download>download</a></h2><video id=clip controls preload=auto></video></section></aside>
+<div id=pad><div id=cross><b id="up left"></b><b id=up>&#x25B4;</b><b id="up right"></b><b id=left>&#x25C2;</b><p></p>
 <b id=right>&#x25B8;</b><b id="down left"></b><b id=down>&#x25BE;</b><b id="down right"></b></div><b id=space>FIRE</b></div>
 <nav id=bar></nav>
 <script>
 const el = (id) => document.getElementById(id), tab = Math.random().toString(36), buttons = {}, down = {};
-const names = {ArrowLeft: "left", ArrowRight: "right", ArrowUp: "up", ArrowDown: "down", " ": "space"};
-const nameOf = (event) => names[event.key] ?? event.key.toLowerCase();
+const nameOf = (event) => event.key.toLowerCase().replace("arrow", "").replace(" ", "space");
 let count = 0, latest = null, tokensShown = false;
-el("stage").innerHTML = `<figure hidden><figcaption></figcaption>
-  <div class=frame><img alt=""><div class=tokens></div><div class=note></div></div></figure>`.repeat(3);
+el("stage").innerHTML = `<figure><figcaption></figcaption><div class=frame><img alt=""><div class=tokens></div>
+  <div class=note></div></div></figure>`.repeat(3);
 
 // --- What the server sends
 function show(message) {
   latest = message;
-  const {place, who, names, action, paused, recording, policy, traces, drift, file} = message;
+  const {place, who, names, action, paused, recording, policy, traces, drift, file, panels} = message;
   const marks = [paused && "paused", recording && "recording", message.end && "the end", message.trouble, message.warning];
   const where = {game: "the game", dream: "the dream", both: "game and dream"}[place];
   const texts = {title: `IRIS: ${message.game}, ${where}`, about: message.about, help: message.help,
@@ -462,55 +457,50 @@ function show(message) {
   el("facts").innerHTML = Object.entries(facts).map(([name, fact]) => `<dt>${name}<dd>${fact}`).join("");
   el("policy").hidden = !policy;
   el("shares").className = names.length > 9 ? "many" : "";
-  el("shares").innerHTML = (policy ?? []).map((share, i) => `<em class=${i == action && "on"}>${names[i]}</em>
-    <s style="--share: ${100 * share}%"></s><i>${Math.round(100 * share)}%</i>`).join("");
-  trace("values", traces[0], message.value?.toFixed(2));
-  trace("rewards", traces[1], message.reward);
-  trace("drifts", traces[2], drift && `${drift[1].toFixed(3)}, step ${drift[0]}`);
+  el("shares").innerHTML = (policy ?? []).map((share, i) => `<span class=${i == action && "on"}>${names[i]}</span>
+    <meter value=${share}></meter><span>${Math.round(100 * share)}%</span>`).join("");
+  trace("values", "Value", traces[0], message.value?.toFixed(2));
+  trace("rewards", "Reward", traces[1], message.reward);
+  trace("drifts", "Difference", traces[2], drift && `${drift[1].toFixed(3)}, step ${drift[0]}`);
   el("recorded").hidden = !file;
-  Object.assign(el("download"), {href: file, download: file});
-  showPanels(message.panels);
+  if (file && !el("clip").src.endsWith(file)) el("clip").src = el("download").href = file;
+  document.querySelectorAll("figure").forEach((figure, i) => {
+    figure.hidden = !panels[i];
+    if (panels[i]) showPanel(panels[i], figure.children[0], figure.children[1]);
+  });
+  el("stage").style = `--ratios: ${panels.reduce((sum, panel) => sum + panel.width / panel.height, 0)}`;
   const labels = {enter: "restart", ".": paused ? "resume" : "pause", e: "one step", m: who == "you" ? "agent" : "take over",
     t: {game: "into the dream", dream: "back to game", both: "dream anew"}[place], ",": recording ? "stop" : "record",
     n: "next", p: "previous", h: "start", left: "1 back", right: "1 on", down: "10 back", up: "10 on", g: "tokens",
     "-": "slower", "+": "faster", f: "full screen", q: "quit"};
   const on = {".": paused, ",": recording, g: tokensShown, f: document.fullscreenElement, t: place == "dream"};
-  for (const key in labels) {
-    const hidden = !["g", "f", ...message.keys].includes(key);
+  for (const key of ["g", "f", ...message.keys]) {
     buttons[key] ??= el("bar").appendChild(document.createElement("button"));
-    Object.assign(buttons[key], {value: key, textContent: labels[key], hidden, ariaPressed: !!on[key]});
+    Object.assign(buttons[key], {value: key, textContent: labels[key], ariaPressed: !!on[key]});
   }
 }
-function trace(id, values, text) {
-  const known = (values ?? []).map((value, i) => [i, value ?? 0]), all = known.map((point) => point[1]);
-  const low = Math.min(0, ...all), high = Math.max(low + 0.01, ...all);
-  const points = known.map(([i, value]) => `${i},${37 - 34 * (value - low) / (high - low)}`).join(" ");
-  el(id).hidden = (text ?? null) === null;
-  el(id).innerHTML = `<h2>${el(id).firstChild.firstChild.textContent}<b>${text}</b></h2><svg viewBox="0 0 100 40"
-    preserveAspectRatio=none><polyline vector-effect=non-scaling-stroke points="${points}" /></svg>`;
+function showPanel(panel, title, frame) {
+  const [image, tokens, note] = frame.children, noise = latest.noise[panel.title];
+  frame.style = `--pixels: ${panel.height / devicePixelRatio}px; --ratio: ${panel.width} / ${panel.height}`;
+  title.textContent = panel.title;
+  image.src = panel.png;
+  Object.assign(note, {hidden: !noise, textContent: noise});
+  Object.assign(tokens, {hidden: !tokensShown, style: `--side: ${Math.sqrt(panel.tokens.length)}`});
+  tokens.innerHTML = panel.tokens.map((token, i) => `<b class=${panel.changed[i] && "on"}>${token}</b>`).join("");
 }
-function showPanels(panels) {  // each magnified by the largest whole number of screen pixels that leaves the others room
-  const box = el("stage"), shapes = panels.reduce((sum, panel) => sum + panel.width / panel.height, 0);
-  const height = Math.min(box.clientHeight - 26, (box.clientWidth - 16 * (panels.length - 1)) / shapes);
-  document.querySelectorAll("figure").forEach((figure, i) => {
-    const panel = panels[i], [title, frame] = figure.children, [image, tokens, note] = frame.children;
-    figure.hidden = !panel;
-    if (!panel) return;
-    const times = Math.max(1, Math.floor(height * devicePixelRatio / panel.height)) / devicePixelRatio;
-    const lines = `repeat(${Math.sqrt(panel.tokens.length)}, 1fr)`, noise = latest.noise[panel.title];
-    frame.style = `width: ${panel.width * times}px; height: ${panel.height * times}px`;
-    title.textContent = panel.title;
-    image.src = panel.png;
-    Object.assign(note, {hidden: !noise, textContent: noise});
-    Object.assign(tokens, {hidden: !tokensShown, style: `grid: ${lines} / ${lines}`});
-    tokens.innerHTML = panel.tokens.map((token, j) => `<b class=${panel.changed[j] && "on"}>${token}</b>`).join("");
-  });
+function trace(id, title, values, text) {
+  const known = (values ?? []).map((value) => value ?? 0), low = Math.min(0, ...known);
+  const high = Math.max(low + 0.01, ...known);
+  const points = known.map((value, i) => `${i},${37 - 34 * (value - low) / (high - low)}`).join(" ");
+  el(id).hidden = (text ?? null) === null;
+  el(id).innerHTML = `<h2>${title}<b>${text}</b></h2><svg viewBox="0 0 100 40" preserveAspectRatio=none>
+    <polyline vector-effect=non-scaling-stroke points="${points}" /></svg>`;
 }
 const events = new EventSource("/pictures");
 events.onerror = () => el("notice").textContent = "No connection; trying again.";
 events.onmessage = (event) => {
   const message = JSON.parse(event.data);
-  if (message.panels) show(message);
+  if (message.names) show(message);
   if (!message.over) return;
   events.close();
   el("notice").textContent = "Stopped. Start iris_play.py again to go on.";
@@ -540,7 +530,6 @@ for (const type of ["pointerdown", "pointerover", "pointerup", "pointerout", "po
   });
 for (const type of ["blur", "visibilitychange"])
   addEventListener(type, () => Object.keys(down).forEach((place) => hold(place, [])));
-addEventListener("resize", () => latest && show(latest));
 addEventListener("keydown", (event) => {
   const key = nameOf(event), isAction = /^(left|right|up|down|space|[wasd0-9])$/.test(key);
   const onButton = "BUTTON A VIDEO".includes(document.activeElement.tagName) && ["enter", "space"].includes(key);
@@ -553,10 +542,6 @@ el("bar").onclick = ({target, detail}) => {
   if (target.value) press(target.value);
   if (detail) target.blur();  // after the mouse, Enter and space belong to the game again
 };
-el("watch").onclick = () => {
-  const video = document.querySelector("video"), more = {src: latest.file, controls: true, autoplay: true, muted: true};
-  video ? video.remove() : el("stage").append(Object.assign(document.createElement("video"), more));
-};
 </script>"""
 
 
@@ -567,50 +552,56 @@ class Page:
     rebinding), are refused."""
 
     def __init__(self, host: str, port: int, fixed: dict):
-        """Serves the page, and waits for its first visitor."""
+        """Serves at the first free port from `port` on, and waits for the first visitor. Raises IrisError."""
         self.fixed, self.message, self.number, self.changed = fixed, "{}", 0, threading.Condition()
         self.tabs: dict[str, tuple[int, float, list[str]]] = {}  # number and time of its latest message, keys held
-        self.pressed, self.recorded, self.visited = [], None, threading.Event()
-        listener, name = listen(host, port), socket.gethostname()
+        self.pressed, self.recorded, self.visited, name = [], None, threading.Event(), socket.gethostname()
+        family, own = socket.AF_INET6 if ":" in host else socket.AF_INET, port
+        while True:
+            try:
+                listener = socket.create_server((host, own), family=family, backlog=256)
+                break
+            except (OSError, OverflowError) as error:
+                if "in use" not in str(error):
+                    raise IrisError(f"can't serve at {host}:{own} ({error}): choose another --host or --port") from error
+                own += 1
+        handler = type("Handler", (WSGIRequestHandler,), {"timeout": 10, "log": lambda *_: None})  # s for half a request
         self.hosts, own = {host, name, "localhost"}, listener.getsockname()[1]
-        self.server = make_server(host, own, self.respond, True, request_handler=Handler, fd=listener.fileno())
+        self.server = make_server(host, own, self.respond, True, request_handler=handler, fd=listener.fileno())
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         address = f"http://{name if host in ('0.0.0.0', '::') else host}:{own}"
         taken = f" (port {port} is taken)" if port not in (0, own) else ""
         print(f"Open {address} in a browser{taken}. From another machine: ssh -L {own}:127.0.0.1:{own} {name}", flush=True)
-        local = "SSH_CONNECTION" not in os.environ and {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
-        if local or "BROWSER" in os.environ or sys.platform != "linux":
+        if {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & {*os.environ} or sys.platform != "linux":
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         while not self.visited.wait(0.1):
             pass
 
     @Request.application
     def respond(self, request: Request) -> Response:
-        name, origin = re.sub(r":\d+$", "", request.host).strip("[]"), request.headers.get("Origin")
+        path, own, name = request.path, f"http://{request.host}", re.sub(r":\d+$", "", request.host).strip("[]")
         is_ours = name in self.hosts or re.fullmatch(r"[\d.]+|[\da-f:]*:[\da-f:]*", name)  # a number can't be rebound
-        by_site = request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and request.path != "/"
-        if not is_ours or by_site or origin not in (None, f"http://{request.host}"):
+        by_site = request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and path != "/"
+        if not is_ours or by_site or request.headers.get("Origin", own) != own:
             return Response("This page answers requests of its own only.", 403)
-        fresh = {"X-Frame-Options": "DENY", "Cache-Control": "no-store"}
-        if request.path == "/":
-            return Response(PAGE, mimetype="text/html", headers=fresh)
-        if request.path == "/pictures":
-            return Response(self.messages(), mimetype="text/event-stream", headers=fresh)
-        if self.recorded and request.path == f"/{self.recorded.name}":
+        if path == "/":
+            return Response(PAGE, mimetype="text/html", headers={"X-Frame-Options": "DENY", "Cache-Control": "no-store"})
+        if path == "/pictures":
+            return Response(self.messages(), mimetype="text/event-stream")
+        if self.recorded and path == f"/{self.recorded.name}":
             return send_file(self.recorded, request.environ)
-        if request.path != "/keys" or request.method != "POST":
+        if path != "/keys":
             return Response("There is nothing here.", 404)
+        request.max_content_length = 10_000
         try:
-            request.max_content_length = 10_000
             message = json.loads(request.get_data())
-            tab, count = str(message["tab"])[:20], int(message["count"])
-            pressed, held = ([str(key)[:5] for key in message[name]][:20] for name in ("pressed", "held"))
+            tab, count, pressed, held = (message[name] for name in ("tab", "count", "pressed", "held"))
+            with self.changed:
+                if int(count) > self.tabs.get(str(tab), (0,))[0]:
+                    self.tabs[str(tab)] = int(count), time.perf_counter(), [*map(str, held)]
+                self.pressed += map(str, pressed)
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return Response("This is no message about keys.", 400)
-        with self.changed:
-            self.pressed = (self.pressed + pressed)[-100:]
-            if count > self.tabs.get(tab, (0,))[0]:
-                self.tabs[tab] = count, time.perf_counter(), held
         return Response(status=204)
 
     def messages(self) -> Iterator[str]:
@@ -626,25 +617,23 @@ class Page:
     def show(self, panels: list[Panel], status: dict) -> None:
         pictures = []
         for title, picture, moment in panels:
-            png = cv2.imencode(".png", picture[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
+            png = base64.b64encode(cv2.imencode(".png", picture[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]).decode()
             tokens, before = ([] if x is None else x[0].tolist() for x in (moment.tokens, moment.before))
-            pictures.append({
-                "title": title, "png": "data:image/png;base64," + base64.b64encode(png).decode(), "tokens": tokens,
-                "height": picture.shape[0], "width": picture.shape[1], "changed": [a != b for a, b in zip(tokens, before)],
-            })  # fmt: skip
-        file = self.recorded.name if self.recorded else ""
+            changed, (height, width, _) = [new != old for new, old in zip(tokens, before)], picture.shape
+            pictures.append({"title": title, "png": "data:image/png;base64," + png, "height": height, "width": width,
+                             "tokens": tokens, "changed": changed})  # fmt: skip
+        status |= {"panels": pictures, "file": self.recorded.name if self.recorded else ""}
         with self.changed:
-            self.message, self.number = json.dumps(self.fixed | status | {"panels": pictures, "file": file}), self.number + 1
+            self.message, self.number = json.dumps(self.fixed | status), self.number + 1
             self.changed.notify_all()
 
     def read(self, deadline: float) -> tuple[list[str], list[str]]:
         """Waits -> keys pressed since the last call, and keys held now. A tap counts for a step."""
         time.sleep(max(0.0, deadline - time.perf_counter()))
+        alive = time.perf_counter() - 1.5  # a tab may have been closed, or the line broken, with a key held
         with self.changed:
-            pressed, self.pressed = self.pressed, []
-            alive = time.perf_counter() - 1.5  # a tab may have been closed, or the line broken, with a key held
             self.tabs = {tab: state for tab, state in self.tabs.items() if state[1] > alive}
-            held = [key for _, _, keys in self.tabs.values() for key in keys]
+            pressed, self.pressed, held = self.pressed, [], [key for *_, keys in self.tabs.values() for key in keys]
         return pressed, held + [key for key in pressed if key not in held]
 
     def close(self) -> None:
@@ -653,30 +642,13 @@ class Page:
         self.server.shutdown()
 
 
-# --- Skip on first reading: the server's socket, recorded episodes, files, start-up -----------------------------------
-class Handler(WSGIRequestHandler):
-    timeout = 10  # seconds after which a half-sent request is dropped
-
-    def log(self, *arguments) -> None:
-        pass
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket at the first free port from `port` on. Raises IrisError."""
-    for free in range(port, min(port + 100, 2**16)):
-        try:
-            return socket.create_server((host, free), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=256)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise IrisError(f"can't serve at {host}:{free} ({error}): choose another --host or --port") from error
-    raise IrisError(f"the ports from {port} on are taken: choose another --port")
-
-
+# --- Skip on first reading: recorded episodes, files, start-up --------------------------------------------------------
 class Recorded:
     """The episodes in media/episodes/{test,train,imagination}, as an environment that doesn't heed the action."""
 
     def __init__(self, folder: Path):
-        self.paths, self.number = [p for kind in ("test", "train", "imagination") for p in sorted(folder.glob(f"{kind}/*.npz"))], 0
+        kinds = "test", "train", "imagination"
+        self.paths, self.number = [path for kind in kinds for path in sorted(folder.glob(f"{kind}/*.npz"))], 0
         if not self.paths:
             raise IrisError(f"there are no recorded episodes in {folder.resolve()}: evaluations record some")
 
@@ -725,7 +697,6 @@ def find_checkpoint(args: Args) -> Path | None:
         url = PRETRAINED_URL.format(args.pretrained)
         try:
             if not path.exists():
-                print(f"Fetching {url}", flush=True)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(path))
         except OSError as error:
@@ -737,27 +708,25 @@ def find_checkpoint(args: Args) -> Path | None:
     game = re.sub(r".*[:/]|(NoFrameskip)?-v\d+$", "", args.env_id).lower()
     models = sorted(MODELS.glob(f"{game or '*'}.pt"), key=lambda path: path.stem == "breakout")
     if not runs and not models and not args.human:
-        raise IrisError(
-            "there is no run under runs/: train one (python iris_train.py --preset laptop), or name a file with "
-            "--checkpoint, or a game with --pretrained Breakout"
-        )
+        raise IrisError("there is no run under runs/: train one (python iris_train.py --preset laptop), or name a file "
+                        "with --checkpoint, or a game with --pretrained Breakout")  # fmt: skip
     return [None, *models, *runs][-1]
 
 
 def check(args: Args) -> None:
     """Raises IrisError for arguments that no mode can have, before anything is loaded."""
-    suffix, folder = Path(args.video).suffix, any(name and Path(name).is_dir() for name in (args.video, args.json))
+    suffix, numbers = Path(args.video).suffix, (args.evaluate, args.steps, args.seed, args.port)
     for wrong, text in (
         (args.agent and not args.world_model, "--agent needs --world-model"),
         (args.json and not args.evaluate, "--json needs --evaluate"),
         (args.video and (args.human or args.evaluate), "--video shows the agent: leave out --human and --evaluate"),
-        (folder or suffix not in ("", ".webm", ".mp4", ".gif", ".webp") or (args.video and not suffix),
-         f"--video '{args.video}' has to end in .webm, .mp4, .gif or .webp; neither it nor --json can be a folder"),
-        (suffix in (".gif", ".webp") and (args.steps > 1000 or args.fps > 50), f"a {suffix} has at most 1,000 steps, 50 a second"),
+        (args.video and suffix not in (".webm", ".mp4", ".gif", ".webp"),
+         f"--video {args.video}: its name has to end in .webm, .mp4, .gif or .webp"),
+        (any(Path(name).is_dir() for name in (args.video, args.json) if name), "--video or --json is a folder, not a file"),
+        (suffix in (".gif", ".webp") and max(args.steps / 1000, args.fps / 50) > 1, f"{suffix}: 1,000 steps at most, and 50 fps"),
         (not 0.5 <= args.fps <= 1000, f"--fps {args.fps} is not from 0.5 to 1,000"),
-        (not args.temperature >= 0, f"--temperature {args.temperature} is not 0 or more"),
-        (not 0 <= min(args.evaluate, args.steps, args.seed) <= args.seed < 2**31, "--evaluate, --steps or --seed is out of range"),
-        (not args.host or not 0 <= args.port < 2**16, f"no page can be served at --host '{args.host}' --port {args.port}"),
+        (not (args.temperature >= 0 <= min(numbers) and max(numbers) < 2**31), "a number is negative, or too large"),
+        (not args.host, "--host is empty, which would be any address: say 0.0.0.0 if that is meant"),
     ):  # fmt: skip
         if wrong:
             raise IrisError(text)
@@ -766,18 +735,18 @@ def check(args: Args) -> None:
 def main(args: Args) -> None:
     """Plays. Raises IrisError for what the user can put right."""
     check(args)
-    checkpoint, agent, settings, about, notes = find_checkpoint(args), None, iris_train.Args(), "", {}
+    checkpoint, agent, settings, about, untrained = find_checkpoint(args), None, iris_train.Args(), "no models", {}
     if checkpoint:
         content, settings = iris_train.read_checkpoint(checkpoint)
         agent, _ = iris_train.load_agent(checkpoint)
-        about, epoch = f"models of {checkpoint}", content.get("epoch", 10**9)
-        about += f", epoch {epoch}" * ("epoch" in content)
-        for name in ("tokenizer", "world_model", "actor_critic"):
-            if epoch < (start := getattr(settings, f"{name}_from")):
-                notes[name] = f"The {name.replace('_', ' ')} is not trained before epoch {start}"
+        epoch = content.get("epoch")  # a published checkpoint has none
+        about = f"models of {checkpoint}" + (f", epoch {epoch}" if "epoch" in content else "")
+        starts = {name: getattr(settings, f"{name}_from") for name in ("tokenizer", "world_model", "actor_critic")}
+        untrained = {name: f"The {name.replace('_', ' ')} is not trained before epoch {start}"
+                     for name, start in starts.items() if "epoch" in content and epoch < start}  # fmt: skip
     named, env_id = args.checkpoint or args.run_dir or args.pretrained, args.env_id or settings.env_id
     if args.human and not named and env_id != settings.env_id:
-        agent, about, notes = None, "", {}  # the newest run is of another game, and a person needs none
+        agent, about, untrained = None, "no models", {}  # those of another game, and a person needs none
     settings.env_id, settings.device = env_id, args.device
     device, bf16 = iris_train.choose_device(settings)
     torch.manual_seed(args.seed)
@@ -791,7 +760,7 @@ def main(args: Args) -> None:
         agent = agent and agent.to(device)
         if args.evaluate:
             return evaluate(agent, settings, args, device, checkpoint)
-        print(". ".join([about or f"{env_id}, without models", *notes.values()]), flush=True)
+        print(". ".join([about, *untrained.values()]), flush=True)
         # Published agents are in a cache, and results/models with the source: nobody would look there for recordings.
         folder = checkpoint.parent if checkpoint and (checkpoint.parent / "args.json").exists() else Path("runs/played")
         place = "dream" if args.world_model else "both" if args.compare else "game"
@@ -801,16 +770,19 @@ def main(args: Args) -> None:
             moves = {"n": (1, 0), "p": (-1, 0), "h": (0, 0), "right": (0, 1), "left": (0, -1), "up": (0, 10), "down": (0, -10)}
             world.commands |= {key: lambda way=way: recorded.move(world, *way) for key, way in moves.items()}
         if args.video:
-            endless = place != "game" or args.video.endswith((".gif", ".webp"))
-            args.steps, episodes = args.steps or 1000 * endless, 0 if args.steps else 1
+            endless, episodes = place != "game" or args.video.endswith((".gif", ".webp")), int(not args.steps)
+            args.steps = args.steps or 1000 * endless
             return play(world, agent, Video(Path(args.video), args.fps), names, args, folder, episodes=episodes)
         words = dict.fromkeys(word for name in names for word in WORDS.findall(name))
         keys = [f"{word}: {'/'.join(key for key in KEYS if KEYS[key] == word)}" for word in words]
-        noise = {"The dream": " and ".join(notes[name] for name in ("tokenizer", "world_model") if name in notes),
-                 "What the agent sees": notes.get("tokenizer", "")}  # fmt: skip
-        fixed = {"game": env_id, "about": about, "help": "   ".join(keys), "warning": ". ".join(notes.values()), "noise": noise}
+        noise = untrained.get("tokenizer", "")
+        page = Page(args.host, args.port, {
+            "game": env_id.removesuffix("NoFrameskip-v4"), "about": about, "help": "   ".join(keys),
+            "warning": ". ".join(untrained.values()),
+            "noise": {"The dream": noise or untrained.get("world_model", ""), "What the agent sees": noise},
+        })  # fmt: skip
         who = "you" if args.human or (args.world_model and not args.agent) else "agent"
-        play(world, agent, Page(args.host, args.port, fixed), names, args, folder, who)
+        play(world, agent, page, names, args, folder, who)
 
 
 if __name__ == "__main__":

@@ -337,9 +337,9 @@ def test_human_normalised_score_is_0_for_random_and_1_for_human_play():
     assert human_normalised("ALE/Pong-v5", 14.6) == 1 and human_normalised("Counter-v0", 3) is None
 
 
-def test_evaluation_sets_an_atari_score_of_a_published_agent_beside_a_humans_and_the_papers(published, tmp_path):
+def test_evaluation_sets_an_atari_score_beside_a_humans_and_the_papers(breakout, tmp_path):
     path = tmp_path / "score.json"
-    result = run("--checkpoint", published, "--evaluate", 1, "--temperature", "inf", "--json", path)
+    result = run("--run-dir", breakout, "--evaluate", 2, "--temperature", "inf", "--json", path)
     kept = json.loads(path.read_text())
     assert kept["human_normalised"] == pytest.approx((kept["mean"] - 1.7) / (30.5 - 1.7))
     assert kept["paper"] == 83.7 and "83.70" in result.stdout
@@ -388,13 +388,19 @@ def test_pretrained_fetches_the_published_weights_once_into_torch_hubs_cache(pub
     assert load_agent(path)[1].env_id == BREAKOUT
 
 
+def test_a_published_checkpoint_plays_in_the_dream(published, tmp_path):
+    flags = "--world-model", "--video", "x.webm", "--steps", 2
+    result = run("--checkpoint", published, *flags, cwd=tmp_path)
+    assert result.returncode == 0 and "x.webm: 3 frames" in result.stdout, result.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--checkpoint", "/nonexistent.pt"], "there is no checkpoint at /nonexistent.pt"),
         (["--checkpoint", "{published}", "--env-id", "PongNoFrameskip-v4"], "knows 4 actions and Pong.* has 6: name a ch"),
         (["--human", "--checkpoint", "{published}", "--env-id", "BoxingNoFrameskip-v4"], "name a checkpoint of this game"),
-        (["--run-dir", "{run}", "--host", ""], "no page can be served at --host ''"),
+        (["--run-dir", "{run}", "--host", ""], "--host is empty"),
         (["--run-dir", "{run}", "--host", "192.0.2.1"], "can't serve at 192.0.2.1"),
         (["--run-dir", "{run}", "--video", "x.avi"], "has to end in .webm, .mp4, .gif or .webp"),
         (["--run-dir", "{run}", "--video", "/proc/x.mp4"], "can't write /proc/.*x.mp4"),
@@ -403,6 +409,7 @@ def test_pretrained_fetches_the_published_weights_once_into_torch_hubs_cache(pub
         (["--run-dir", "{run}", "--episodes"], "there are no recorded episodes in"),
         (["--pretrained", "Brekout"], "Did you mean: `BreakoutNoFrameskip`"),
         (["--fps", "0"], "--fps 0.0 is not from"),
+        (["--seed", "-1"], "a number is negative, or too large"),
         (["--agent"], "--agent needs --world-model"),
     ],
 )  # fmt: skip
@@ -722,13 +729,12 @@ def test_a_recording_plays_back_in_the_page_and_can_be_downloaded(breakout, serv
     wait_until(lambda: int(tab.fact("Step")) > start + 20)
     tab.button(",").click()
     link = wait_until(lambda: tab.js("return document.getElementById('download').checkVisibility() && latest.file"))
-    tab.js("document.getElementById('watch').click()")
-    wait_until(lambda: tab.js("return (document.querySelector('video')?.readyState ?? 0) >= 2"))
+    wait_until(lambda: tab.js("return document.getElementById('clip').readyState >= 2"))
+    tab.js("document.getElementById('clip').play()")
+    wait_until(lambda: tab.js("return document.getElementById('clip').currentTime > 0.2"))
     (path,) = (breakout / "media/recordings").iterdir()
     assert server.request("GET", "/" + link).read() == path.read_bytes()
     assert len(pictures_of(path)[0]) > 20
-    tab.js("document.getElementById('watch').click()")
-    assert not tab.js("return document.querySelector('video')")
 
 
 def test_a_component_that_is_not_trained_yet_is_said_in_place_of_noise(serve, browser, tmp_path):
