@@ -180,14 +180,14 @@ class World:
         return self.real.step - self.parted[0].step, difference
 
     def panels(self) -> list[Panel]:
-        small = "The game, 64 x 64", self.real.frame, self.real
+        small = "At 64 x 64", self.real.frame, self.real
         if self.place != "game":
-            return [small] * (self.place == "both") + [("The dream", self.dreamed.frame, self.dreamed)]
+            return [("The game", *small[1:])] * (self.place == "both") + [("The dream", self.dreamed.frame, self.dreamed)]
         screen = np.atleast_3d(self.env.screen)  # (H, W, 1 or 3)
         panels = [(getattr(self.env, "title", "The game"), np.repeat(screen, 3 // screen.shape[2], axis=2), self.real)]
         if self.all_views and self.real.seen is not None:
             panels += [small] * (len(screen) > 64)
-            panels.append(("What the agent sees", to_stored(self.real.seen)[0].cpu().numpy(), self.real))
+            panels.append(("The agent's view", to_stored(self.real.seen)[0].cpu().numpy(), self.real))
         return panels
 
 
@@ -319,7 +319,7 @@ def evaluate(agent: Agent, settings: iris_train.Args, args: Args, device: torch.
     }  # fmt: skip
     print(f"{env_id}: {n} test episodes, {sum(game['length'] for game in games)} steps")
     for name, value in statistics.items():
-        print(f"  {name.replace('_', ' '):17}" + ("        -" if value is None else f"{value:9.2f}"))
+        print(f"  {name.replace('_', ' '):17}{'-' if value is None else format(value, '.2f'):>9}")
     if args.json:
         how = {"env_id": env_id, "checkpoint": str(checkpoint), "episodes": n, "temperature": str(args.temperature)}
         result = how | statistics | {"seed": args.seed, "returns": returns.tolist()}
@@ -391,66 +391,67 @@ PAGE = """<!doctype html><html lang=en><meta charset=utf-8><link rel=icon href="
 <style>
 :root { color-scheme: light dark; --text: light-dark(#1c2128, #e6e9ee); --soft: light-dark(#57606a, #9aa4b0);
   --card: light-dark(#fff, #191d23); --line: light-dark(#d0d5dc, #2f363f); --main: light-dark(#0b62c4, #62a8ff) }
-* { box-sizing: border-box; margin: 0 } [hidden] { display: none !important }
-body { display: grid; grid: auto 1fr auto / minmax(0, 1fr) 312px; grid-template-areas: "head head" "main side" "bar bar";
-  height: 100dvh; overflow: hidden; padding: 8px 12px; gap: 8px; font: 15px/1.35 system-ui, sans-serif;
-  color: var(--text); background: light-dark(#eef0f3, #0f1216) }
-header { grid-area: head; display: flex; gap: 0 16px; align-items: baseline } h1 { font-size: 18px } #about { flex: 1 }
-#notice { color: light-dark(#b34700, #ffb454); font-weight: 600 } #about, dt, h2 { color: var(--soft) }
-main { grid-area: main; container-type: size; position: relative; display: flex; gap: 16px; align-items: center;
-  justify-content: center } figcaption { font-weight: 600; height: 26px; width: 0; white-space: nowrap }
-/* A pixel of a picture, --pixels of which are its height, takes a whole number of the screen's pixels. */
+* { box-sizing: border-box; margin: 0 } [hidden] { display: none !important } header { display: flex; gap: 0 16px }
+body { display: grid; grid: "head head" auto "main side" 1fr "bar bar" auto / minmax(0, 1fr) 312px; gap: 8px;
+  padding: 8px 12px; height: 100dvh; overflow: hidden; font: 15px/1.35 system-ui, sans-serif; color: var(--text);
+  background: light-dark(#eef0f3, #0f1216) } header { grid-area: head; align-items: baseline } h1 { font-size: 18px }
+#notice { color: light-dark(#b34700, #ffb454); font-weight: 600 } #about { flex: 1 } #about, dt { color: var(--soft) }
+main { grid-area: main; container-type: size; display: flex; gap: 0 16px; flex-wrap: wrap; place-content: center }
+/* A pixel of a picture, whose height is --pixels of them, takes a whole number of the screen's pixels. */
 .frame { position: relative; aspect-ratio: var(--ratio); height: max(var(--pixels), round(down,
-  min(100cqh - 26px, (100cqw - 32px) / var(--ratios)), var(--pixels))) }
-.frame > * { position: absolute; inset: 0; width: 100%; height: 100% } img { image-rendering: pixelated }
-.note { background: var(--card); padding: 9% } .tokens { display: grid; grid: auto-flow 1fr / repeat(var(--side), 1fr) }
-.tokens b { border: 1px solid #fff4; padding: 0 4px; font-size: 14px; color: #fff; text-shadow: 0 0 3px #000, 0 0 2px #000;
-  overflow: hidden } .tokens .on { background: #ffd60a4d; border: 2px solid #ffd60a }
-aside { grid-area: side; display: flex; flex-direction: column; gap: 8px; min-height: 0 }
-section, button, #pad b, a { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 6px 10px }
-h2 { font-size: 14px; display: flex; justify-content: space-between } h2 b, dd { color: var(--text); font-weight: 600 }
+  min(100cqh - 26px, (100cqw - 32px) / var(--ratios)), var(--pixels))) } img { image-rendering: pixelated }
+.frame > * { position: absolute; inset: 0; width: 100%; height: 100% } .note { background: var(--card); padding: 9% }
+figcaption { height: 26px; contain: inline-size; overflow: hidden; white-space: nowrap; font-weight: 600 }
+.tokens { display: grid; grid: auto-flow 1fr / repeat(var(--side), 1fr); font-size: 14px; text-shadow: 0 0 3px #000 }
+.tokens b { border: 1px solid #fff4; padding: 0 4px; overflow: hidden; color: #fff }
+.tokens .on { border: 3px solid #ffd60a; padding: 0 2px; background: #ffd60a30 }
+aside { grid-area: side; display: flex; flex-direction: column; gap: 8px; min-height: 0 } svg { stroke: var(--main) }
+section, button, #pad b, a { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 6px 9px }
+h2 { font-size: 14px; display: flex; justify-content: space-between; color: var(--soft) } h2 b, dd { color: var(--text); font-weight: 600 }
 dl { display: grid; grid-template-columns: auto 1fr auto 1fr; gap: 2px 10px; white-space: nowrap }
 #shares { display: grid; grid-template-columns: auto 1fr auto; gap: 2px 8px; align-items: center; font-size: 14px }
-#shares .on { color: var(--main) } .many { line-height: 1.15 } meter { width: 100% } svg, video { width: 100%; height: 56px }
-svg { display: block; fill: none; stroke: var(--main); stroke-width: 2 } video { max-height: 120px; height: auto }
+#shares .on { color: var(--main); font-weight: 600 } .many { line-height: 1.15 } svg, video { width: 100%; max-height: 120px }
+s { height: 11px; border-radius: 3px; background: linear-gradient(var(--main) 0 0) 0 / var(--share) no-repeat, var(--line) }
+svg { display: block; height: 56px; fill: none; stroke-width: 2 } #pad b { display: grid; place-items: center }
 nav { grid-area: bar; display: flex; flex-wrap: wrap; gap: 6px; justify-content: center }
 button, a { font: inherit; font-size: 14px; color: var(--text); text-decoration: none; white-space: nowrap }
 nav button::before { content: attr(value); margin-right: 7px; opacity: .65; font-family: monospace }
 [aria-pressed=true], #pad .on { background: var(--main); color: light-dark(#fff, #0f1216) }
-#pad { grid-area: pad; display: none; justify-content: space-between; padding: 0 8px; touch-action: none; user-select: none }
-#cross { display: grid; grid: repeat(3, 42px) / repeat(3, 42px) } #pad b { display: grid; place-items: center }
+#pad { grid-area: pad; display: none; justify-content: space-between; touch-action: none; user-select: none }
+#pad b:empty { opacity: 0 } #cross { display: grid; grid: repeat(3, 42px) / repeat(3, 42px) }
 @media (pointer: coarse) { #pad { display: flex } nav button::before, #keys { display: none } }
 @media (max-width: 800px) and (orientation: portrait) {
-  body { grid: auto 1fr repeat(3, auto) / minmax(0, 1fr); grid-template-areas: "head" "main" "side" "pad" "bar"; gap: 5px;
-    padding: 5px } header { flex-wrap: wrap } #about, #rewards, #keys, #policy:has(.many) { display: none }
-  aside { display: grid; grid-template-columns: 1fr 1fr; gap: 5px } section { padding: 3px 8px }
+  body { grid: "head" auto "main" 1fr "side" auto "pad" auto "bar" auto / minmax(0, 1fr); gap: 5px; padding: 5px }
+  header { flex-wrap: wrap } aside { display: grid; grid: auto / 1fr 1fr; gap: 5px } section { padding: 3px 8px }
+  #about, #rewards, #keys, #policy:has(.many), aside:has(#drifts:not([hidden])) #policy { display: none }
   dl { grid-template-columns: repeat(3, auto 1fr); gap: 0 6px } section:has(dl) { grid-column: 1 / 3; font-size: 14px }
-  aside:has(#drifts:not([hidden])) #policy { display: none } nav button { padding: 4px 6px; flex: 1 }
+  nav button { padding: 4px 6px; flex: 1 }
 }
 </style>
-<header><h1 id=title>IRIS</h1><span id=about></span><span id=notice role=status>Connecting</span></header>
-<main id=stage></main> <aside><section><dl id=facts></dl></section>
-<section id=policy><h2>Policy</h2><div id=shares></div></section> <section id=values></section>
-<section id=rewards></section> <section id=drifts></section> <section id=keys><h2>Keys</h2><span id=help></span></section>
-<section id=recorded hidden><h2>Recording <a id=download download>download</a></h2><video id=clip controls preload=auto></video></section></aside>
-<div id=pad><div id=cross><b id="up left"></b><b id=up>&#x25B4;</b><b id="up right"></b><b id=left>&#x25C2;</b><p></p>
-<b id=right>&#x25B8;</b><b id="down left"></b><b id=down>&#x25BE;</b><b id="down right"></b></div><b id=space>FIRE</b></div>
-<nav id=bar></nav>
+<header><h1 id=title>IRIS</h1><span id=about></span><span id=notice role=status>Connecting</span></header> <main></main>
+<aside><section><dl id=facts></dl></section> <section id=policy><h2>Policy</h2><div id=shares></div></section>
+<section id=values></section> <section id=rewards></section> <section id=drifts></section>
+<section id=keys><h2>Keys</h2><span id=help></span></section> <section id=recorded hidden>
+<h2>Recording <a id=download download>download</a></h2><video id=clip controls preload=auto></video></section></aside>
+<div id=pad><div id=cross></div><b id=space>FIRE</b></div> <nav id=bar></nav>
 <script>
 const el = (id) => document.getElementById(id), tab = Math.random().toString(36), buttons = {}, down = {};
 const nameOf = (event) => event.key.toLowerCase().replace("arrow", "").replace(" ", "space");
 let count = 0, latest = null, tokensShown = false;
-el("stage").innerHTML = `<figure><figcaption></figcaption><div class=frame><img alt=""><div class=tokens></div>
-  <div class=note></div></div></figure>`.repeat(3);
+document.querySelector("main").innerHTML = `<figure><figcaption></figcaption><div class=frame><img alt="">
+  <div class=tokens></div><div class=note></div></div></figure>`.repeat(3);
+const arms = {"up left": "", up: "&#x25B4;", "up right": "", left: "&#x25C2;", "": "", right: "&#x25B8;",
+  "down left": "", down: "&#x25BE;", "down right": ""};
+el("cross").innerHTML = Object.entries(arms).map(([keys, arrow]) => `<b id="${keys}">${arrow}</b>`).join("");
 
 // --- What the server sends
 function show(message) {
   latest = message;
   const {place, who, names, action, paused, recording, policy, traces, drift, file, panels} = message;
-  const marks = [paused && "paused", recording && "recording", message.end && "the end", message.trouble, message.warning];
   const where = {game: "the game", dream: "the dream", both: "game and dream"}[place];
-  const texts = {title: `IRIS: ${message.game}, ${where}`, about: message.about, help: message.help,
-    notice: marks.filter(Boolean).join(" · ")};
+  const marks = {paused, recording, "the end": message.end, [message.trouble]: true, [message.warning]: true};
+  const notice = Object.keys(marks).filter((text) => text && marks[text]).join(" · ");
+  const texts = {title: `IRIS: ${message.game}, ${where}`, about: message.about, help: message.help, notice};
   for (const id in texts) el(id).textContent = texts[id];
   const facts = {Step: message.step, Return: message.return, Plays: who, Action: names[action] ?? "-",
     Reward: message.reward, Speed: message.fps.toFixed(0)};
@@ -458,23 +459,24 @@ function show(message) {
   el("policy").hidden = !policy;
   el("shares").className = names.length > 9 ? "many" : "";
   el("shares").innerHTML = (policy ?? []).map((share, i) => `<span class=${i == action && "on"}>${names[i]}</span>
-    <meter value=${share}></meter><span>${Math.round(100 * share)}%</span>`).join("");
+    <s style="--share: ${100 * share}%"></s><span>${Math.round(100 * share)}%</span>`).join("");
   trace("values", "Value", traces[0], message.value?.toFixed(2));
   trace("rewards", "Reward", traces[1], message.reward);
-  trace("drifts", "Difference", traces[2], drift && `${drift[1].toFixed(3)}, step ${drift[0]}`);
+  trace("drifts", "Error", traces[2], drift && `${drift[1].toFixed(3)}, step ${drift[0]}`);
   el("recorded").hidden = !file;
   if (file && !el("clip").src.endsWith(file)) el("clip").src = el("download").href = file;
   document.querySelectorAll("figure").forEach((figure, i) => {
     figure.hidden = !panels[i];
     if (panels[i]) showPanel(panels[i], figure.children[0], figure.children[1]);
   });
-  el("stage").style = `--ratios: ${panels.reduce((sum, panel) => sum + panel.width / panel.height, 0)}`;
-  const labels = {enter: "restart", ".": paused ? "resume" : "pause", e: "one step", m: who == "you" ? "agent" : "take over",
-    t: {game: "into the dream", dream: "back to game", both: "dream anew"}[place], ",": recording ? "stop" : "record",
+  document.body.style = `--ratios: ${panels.reduce((sum, panel) => sum + panel.width / panel.height, 0)}`;
+  const dreams = {game: "into the dream", dream: "back to game", both: "dream anew"};
+  const labels = {m: who == "you" ? "agent" : "take over", t: dreams[place], enter: "restart", e: "one step",
+    ".": paused ? "resume" : "pause", ",": recording ? "stop" : "record",
     n: "next", p: "previous", h: "start", left: "1 back", right: "1 on", down: "10 back", up: "10 on", g: "tokens",
     "-": "slower", "+": "faster", f: "full screen", q: "quit"};
   const on = {".": paused, ",": recording, g: tokensShown, f: document.fullscreenElement, t: place == "dream"};
-  for (const key of ["g", "f", ...message.keys]) {
+  for (const key of Object.keys(labels).filter((key) => ["g", "f", ...message.keys].includes(key))) {
     buttons[key] ??= el("bar").appendChild(document.createElement("button"));
     Object.assign(buttons[key], {value: key, textContent: labels[key], ariaPressed: !!on[key]});
   }
@@ -496,15 +498,9 @@ function trace(id, title, values, text) {
   el(id).innerHTML = `<h2>${title}<b>${text}</b></h2><svg viewBox="0 0 100 40" preserveAspectRatio=none>
     <polyline vector-effect=non-scaling-stroke points="${points}" /></svg>`;
 }
-const events = new EventSource("/pictures");
-events.onerror = () => el("notice").textContent = "No connection; trying again.";
-events.onmessage = (event) => {
-  const message = JSON.parse(event.data);
-  if (message.names) show(message);
-  if (!message.over) return;
-  events.close();
-  el("notice").textContent = "Stopped. Start iris_play.py again to go on.";
-};
+const events = new EventSource("/pictures");  // connects again by itself
+events.onerror = () => el("notice").textContent = "No connection: iris_play.py has stopped, or the line is broken";
+events.onmessage = (event) => show(JSON.parse(event.data));
 
 // --- What the player does. Over a slow line messages may change order: each has a number, and older ones are ignored.
 const send = (pressed) => fetch("/keys", {method: "POST", keepalive: true,
@@ -556,22 +552,22 @@ class Page:
         self.fixed, self.message, self.number, self.changed = fixed, "{}", 0, threading.Condition()
         self.tabs: dict[str, tuple[int, float, list[str]]] = {}  # number and time of its latest message, keys held
         self.pressed, self.recorded, self.visited, name = [], None, threading.Event(), socket.gethostname()
-        family, own = socket.AF_INET6 if ":" in host else socket.AF_INET, port
-        while True:
+        family, own, listener = socket.AF_INET6 if ":" in host else socket.AF_INET, port, None
+        while not listener:
             try:
                 listener = socket.create_server((host, own), family=family, backlog=256)
-                break
             except (OSError, OverflowError) as error:
                 if "in use" not in str(error):
-                    raise IrisError(f"can't serve at {host}:{own} ({error}): choose another --host or --port") from error
+                    raise IrisError(f"can't serve at {host}:{own} ({error}): choose another --host, --port") from error
                 own += 1
-        handler = type("Handler", (WSGIRequestHandler,), {"timeout": 10, "log": lambda *_: None})  # s for half a request
+        # A request that is half sent after 10 seconds is dropped.
+        handler = type("Handler", (WSGIRequestHandler,), {"timeout": 10, "log": lambda *_: None})
         self.hosts, own = {host, name, "localhost"}, listener.getsockname()[1]
         self.server = make_server(host, own, self.respond, True, request_handler=handler, fd=listener.fileno())
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         address = f"http://{name if host in ('0.0.0.0', '::') else host}:{own}"
         taken = f" (port {port} is taken)" if port not in (0, own) else ""
-        print(f"Open {address} in a browser{taken}. From another machine: ssh -L {own}:127.0.0.1:{own} {name}", flush=True)
+        print(f"Open {address} in a browser{taken}. From elsewhere: ssh -L {own}:127.0.0.1:{own} {name}", flush=True)
         if {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & {*os.environ} or sys.platform != "linux":
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         while not self.visited.wait(0.1):
@@ -585,7 +581,7 @@ class Page:
         if not is_ours or by_site or request.headers.get("Origin", own) != own:
             return Response("This page answers requests of its own only.", 403)
         if path == "/":
-            return Response(PAGE, mimetype="text/html", headers={"X-Frame-Options": "DENY", "Cache-Control": "no-store"})
+            return Response(PAGE, mimetype="text/html", headers={"X-Frame-Options": "DENY"})
         if path == "/pictures":
             return Response(self.messages(), mimetype="text/event-stream")
         if self.recorded and path == f"/{self.recorded.name}":
@@ -605,7 +601,7 @@ class Page:
         return Response(status=204)
 
     def messages(self) -> Iterator[str]:
-        """The newest message, as soon as there is another; after some seconds the same one, to see who is still there."""
+        """The newest message, as soon as there is another; after 5 seconds the same one, which shows who has left."""
         number = 0
         self.visited.set()
         while number >= 0:
@@ -617,7 +613,7 @@ class Page:
     def show(self, panels: list[Panel], status: dict) -> None:
         pictures = []
         for title, picture, moment in panels:
-            png = base64.b64encode(cv2.imencode(".png", picture[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]).decode()
+            png = base64.b64encode(cv2.imencode(".png", picture[..., ::-1])[1]).decode()
             tokens, before = ([] if x is None else x[0].tolist() for x in (moment.tokens, moment.before))
             changed, (height, width, _) = [new != old for new, old in zip(tokens, before)], picture.shape
             pictures.append({"title": title, "png": "data:image/png;base64," + png, "height": height, "width": width,
@@ -637,8 +633,6 @@ class Page:
         return pressed, held + [key for key in pressed if key not in held]
 
     def close(self) -> None:
-        self.show([], {"over": True})
-        time.sleep(0.3)  # for the tabs to hear of it
         self.server.shutdown()
 
 
@@ -666,7 +660,8 @@ class Recorded:
         """After the last step there is no frame: the one before stays."""
         self.at, last = self.at + 1, self.at
         self.screen = self.frames[min(self.at, len(self.frames) - 1)]
-        return self.screen, self.rewards[last], self.at == len(self.frames), False, {"recorded": int(self.actions[last])}
+        end, info = self.at == len(self.frames), {"recorded": int(self.actions[last])}
+        return self.screen, self.rewards[last], end, False, info
 
     def move(self, world: World, episodes: int, steps: int) -> None:
         """So many episodes or, in the present one, steps on; 0 and 0 is its start."""
@@ -700,7 +695,7 @@ def find_checkpoint(args: Args) -> Path | None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(path))
         except OSError as error:
-            raise IrisError(f"can't fetch the agent ({error}): put {path.name} (from {url}) into {path.parent}") from error
+            raise IrisError(f"can't fetch it ({error}): put {path.name} (from {url}) into {path.parent}") from error
         return path
     if args.checkpoint or args.run_dir:
         return iris_train.checkpoint_path(args.checkpoint or args.run_dir)
@@ -722,8 +717,8 @@ def check(args: Args) -> None:
         (args.video and (args.human or args.evaluate), "--video shows the agent: leave out --human and --evaluate"),
         (args.video and suffix not in (".webm", ".mp4", ".gif", ".webp"),
          f"--video {args.video}: its name has to end in .webm, .mp4, .gif or .webp"),
-        (any(Path(name).is_dir() for name in (args.video, args.json) if name), "--video or --json is a folder, not a file"),
-        (suffix in (".gif", ".webp") and max(args.steps / 1000, args.fps / 50) > 1, f"{suffix}: 1,000 steps at most, and 50 fps"),
+        (args.json and Path(args.json).is_dir(), f"--json {args.json} is a folder"),
+        (suffix in (".gif", ".webp") and (args.steps > 1000 or args.fps > 50), "over 1,000 steps or 50 fps: use .webm"),
         (not 0.5 <= args.fps <= 1000, f"--fps {args.fps} is not from 0.5 to 1,000"),
         (not (args.temperature >= 0 <= min(numbers) and max(numbers) < 2**31), "a number is negative, or too large"),
         (not args.host, "--host is empty, which would be any address: say 0.0.0.0 if that is meant"),
@@ -767,7 +762,8 @@ def main(args: Args) -> None:
         recorded = Recorded(folder / "media/episodes") if args.episodes else None
         world = World(recorded or env, agent, device, args.seed, place, args.reconstruction or args.episodes)
         if recorded:
-            moves = {"n": (1, 0), "p": (-1, 0), "h": (0, 0), "right": (0, 1), "left": (0, -1), "up": (0, 10), "down": (0, -10)}
+            steps = {"right": 1, "left": -1, "up": 10, "down": -10}
+            moves = {"n": (1, 0), "p": (-1, 0), "h": (0, 0)} | {key: (0, n) for key, n in steps.items()}
             world.commands |= {key: lambda way=way: recorded.move(world, *way) for key, way in moves.items()}
         if args.video:
             endless, episodes = place != "game" or args.video.endswith((".gif", ".webp")), int(not args.steps)
@@ -779,7 +775,7 @@ def main(args: Args) -> None:
         page = Page(args.host, args.port, {
             "game": env_id.removesuffix("NoFrameskip-v4"), "about": about, "help": "   ".join(keys),
             "warning": ". ".join(untrained.values()),
-            "noise": {"The dream": noise or untrained.get("world_model", ""), "What the agent sees": noise},
+            "noise": {"The dream": noise or untrained.get("world_model", ""), "The agent's view": noise},
         })  # fmt: skip
         who = "you" if args.human or (args.world_model and not args.agent) else "agent"
         play(world, agent, page, names, args, folder, who)

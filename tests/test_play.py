@@ -659,7 +659,7 @@ def test_keys_held_together_act_until_let_go_and_a_reload_and_a_second_tab_do_no
     browser.close()
     browser.switch_to.window(home)
     tab.key("q")
-    wait_until(lambda: "Stopped" in tab.text("notice"))
+    wait_until(lambda: "iris_play.py has stopped" in tab.text("notice"))
     assert "a second" in server.end()
 
 
@@ -713,7 +713,7 @@ def test_compare_counts_the_steps_since_the_frame_that_game_and_dream_share(brea
     server = serve("--run-dir", breakout, "--compare", "--fps", 30)
     tab = Tab(browser, server.url)
     wait_until(lambda: tab.js("return latest.drift[0]") > 10)
-    assert re.search(r"0\.\d{3}, step \d+", tab.text("drifts"))
+    assert re.search(r"0\.\d{3}, step \d+", tab.text("drifts"))  # the error, and the steps since
     tab.button("t").click()
     wait_until(lambda: tab.js("return latest.drift[0]") < 10)
     assert tab.js("return latest.step") > 10  # the game itself went on
@@ -750,5 +750,5 @@ def test_a_person_plays_without_any_models(serve, browser, tmp_path):
     tab = Tab(browser, server.url)
     tab.key("a", kinds=["keyDown"])
     tab.acts("LEFT")
-    assert not tab.button("t").is_displayed() and not tab.button("m").is_displayed()
+    assert not tab.button("t") and not tab.button("m")  # nothing to step into, and nobody to hand over to
     assert not tab.js("return document.getElementById('policy').checkVisibility()")
