@@ -110,9 +110,6 @@ class Moment:
         return Moment(frame, self.step + 1, self.total + reward, action, reward, end, self.tokens, state=state)
 
 
-Panel = tuple[str, np.ndarray, Moment]  # a title, a picture (H, W, 3) uint8, and whose tokens lie over it
-
-
 class World:
     """The real game, and a dream of it. `place` says which of them is played: "game", "dream", or "both".
 
@@ -179,10 +176,12 @@ class World:
         difference = float(np.abs(real - dream)[changed].mean()) if changed.any() else 0.0
         return self.real.step - self.parted[0].step, difference
 
-    def panels(self) -> list[Panel]:
+    def panels(self) -> list[tuple[str, np.ndarray, Moment]]:
+        """What is shown: for each panel a title, a picture (H, W, 3) uint8, and whose tokens lie over it."""
         small = "At 64 x 64", self.real.frame, self.real
         if self.place != "game":
-            return [("The game", *small[1:])] * (self.place == "both") + [("The dream", self.dreamed.frame, self.dreamed)]
+            dream = "The dream", self.dreamed.frame, self.dreamed
+            return [("The game", *small[1:]), dream] if self.place == "both" else [dream]
         screen = np.atleast_3d(self.env.screen)  # (H, W, 1 or 3)
         panels = [(getattr(self.env, "title", "The game"), np.repeat(screen, 3 // screen.shape[2], axis=2), self.real)]
         if self.all_views and self.real.seen is not None:
@@ -263,7 +262,7 @@ def play(world: World, agent: Agent | None, screen, names: list[str], args: Args
                 old, recording, trouble = recording, None, ""
                 try:
                     if old:
-                        screen.recorded = old.close()
+                        screen.recorded = old.close() or screen.recorded
                     else:
                         recording = Video(folder / time.strftime("media/recordings/%Y%m%d_%H%M%S.webm"), fps)
                 except IrisError as error:  # a game goes on even if the disk is full
@@ -327,7 +326,7 @@ def evaluate(agent: Agent, settings: iris_train.Args, args: Args, device: torch.
 
 
 # --- Video files ------------------------------------------------------------------------------------------------------
-def paint(panels: list[Panel], height: int) -> np.ndarray:
+def paint(panels: list[tuple], height: int) -> np.ndarray:
     """Panels side by side, each magnified by a whole number to at most a height -> (height + 24, W, 3) uint8."""
     columns = []
     for title, picture, _ in panels:
@@ -348,41 +347,44 @@ class Video:
         self.pictures, self.writer, self.count = [], None, 0
         write(self.beside, b"")  # says before anything is played if there can be no file
 
-    def show(self, panels: list[Panel], status: dict | None = None) -> None:
+    def show(self, panels: list[tuple], status: dict | None = None) -> None:
         code, self.count = {".webm": "VP80", ".mp4": "mp4v"}.get(self.path.suffix), self.count + 1
         picture = np.ascontiguousarray(paint(panels, 448 if code else 256)[..., ::-1])
         if not code:
             return self.pictures.append(picture)
         if not self.writer:
             self.size, stderr = picture.shape[1::-1], os.dup(2)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # OpenCV complains about the name of VP8, and then takes it
+            with open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), 2)  # OpenCV complains about the name of VP8, and then takes it
             self.writer = cv2.VideoWriter(str(self.beside), cv2.VideoWriter_fourcc(*code), self.fps, self.size)
             os.dup2(stderr, 2)
+            os.close(stderr)
         self.writer.write(cv2.resize(picture, self.size))  # it changes where the number of panels does
 
     def read(self, deadline: float) -> tuple[list[str], list[str]]:
         return [], []
 
-    def close(self) -> Path:
-        """Raises IrisError if the file is not whole."""
-        whole, content = False, None
-        if self.writer:
-            self.writer.release()
-            whole = sum(iter(cv2.VideoCapture(str(self.beside)).grab, False)) == self.count
-        elif self.pictures:
+    def close(self) -> Path | None:
+        """None if nothing was shown. Raises IrisError if the file is not whole."""
+        whole = True
+        if self.pictures:
             times = np.round(np.arange(self.count + 1) * 100 / self.fps) * 10  # a GIF counts hundredths of a second
             animation = cv2.Animation()
             animation.frames, animation.durations = self.pictures, np.diff(times).astype(np.int32)
-            whole, content = cv2.imencodeanimation(self.path.suffix, animation, [cv2.IMWRITE_GIF_QUALITY, 1])
-        if whole and self.writer:
-            self.beside.replace(self.path)
-        self.beside.unlink(missing_ok=True)
-        if content is not None:
+            _, content = cv2.imencodeanimation(self.path.suffix, animation, [cv2.IMWRITE_GIF_QUALITY, 1])
+            self.beside.unlink()
             write(self.path, content.tobytes())
+        elif self.writer:
+            self.writer.release()
+            whole = sum(iter(cv2.VideoCapture(str(self.beside)).grab, False)) == self.count
+            if whole:
+                self.beside.replace(self.path)
+        self.beside.unlink(missing_ok=True)
         if not whole:
             raise IrisError(f"can't write {self.path} whole: is the disk full?")
-        print(f"{self.path}: {self.count} frames", flush=True)
-        return self.path
+        if self.count:
+            print(f"{self.path}: {self.count} frames", flush=True)
+        return self.path if self.count else None
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
@@ -394,7 +396,8 @@ PAGE = """<!doctype html><html lang=en><meta charset=utf-8><link rel=icon href="
 * { box-sizing: border-box; margin: 0 } [hidden] { display: none !important } header { display: flex; gap: 0 16px }
 body { display: grid; grid: "head head" auto "main side" 1fr "bar bar" auto / minmax(0, 1fr) 312px; gap: 8px;
   padding: 8px 12px; height: 100dvh; overflow: hidden; font: 15px/1.35 system-ui, sans-serif; color: var(--text);
-  background: light-dark(#eef0f3, #0f1216) } header { grid-area: head; align-items: baseline } h1 { font-size: 18px }
+  background: light-dark(#eef0f3, #0f1216) } header { grid-area: head; align-items: baseline }
+h1 { font-size: 18px; flex: none; max-width: 100% }
 #notice { color: light-dark(#b34700, #ffb454); font-weight: 600 } #about { flex: 1 } #about, dt { color: var(--soft) }
 main { grid-area: main; container-type: size; display: flex; gap: 0 16px; flex-wrap: wrap; place-content: center }
 /* A pixel of a picture, whose height is --pixels of them, takes a whole number of the screen's pixels. */
@@ -405,17 +408,18 @@ figcaption { height: 26px; contain: inline-size; overflow: hidden; white-space: 
 .tokens { display: grid; grid: auto-flow 1fr / repeat(var(--side), 1fr); font-size: 14px; text-shadow: 0 0 3px #000 }
 .tokens b { border: 1px solid #fff4; padding: 0 4px; overflow: hidden; color: #fff }
 .tokens .on { border: 3px solid #ffd60a; padding: 0 2px; background: #ffd60a30 }
-aside { grid-area: side; display: flex; flex-direction: column; gap: 8px; min-height: 0 } svg { stroke: var(--main) }
-section, button, #pad b, a { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 6px 9px }
-h2 { font-size: 14px; display: flex; justify-content: space-between; color: var(--soft) } h2 b, dd { color: var(--text); font-weight: 600 }
+aside { grid-area: side; display: flex; flex-direction: column; gap: 8px; min-height: 0 } h2 b { color: var(--text) }
+section, button, b[id], a { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 6px }
+h2 { font-size: 14px; display: flex; justify-content: space-between; color: var(--soft) } dd { font-weight: 600 }
 dl { display: grid; grid-template-columns: auto 1fr auto 1fr; gap: 2px 10px; white-space: nowrap }
 #shares { display: grid; grid-template-columns: auto 1fr auto; gap: 2px 8px; align-items: center; font-size: 14px }
-#shares .on { color: var(--main); font-weight: 600 } .many { line-height: 1.15 } svg, video { width: 100%; max-height: 120px }
-s { height: 11px; border-radius: 3px; background: linear-gradient(var(--main) 0 0) 0 / var(--share) no-repeat, var(--line) }
-svg { display: block; height: 56px; fill: none; stroke-width: 2 } #pad b { display: grid; place-items: center }
+#shares .on { color: var(--main); font-weight: 600 } .many { line-height: 1.15 } video { width: 100%; height: 120px }
+aside:has(.many) :is(#rewards, #keys) { display: none } #pad b { display: grid; place-items: center }
+s { height: 11px; background: linear-gradient(var(--main) 0 0) 0 / var(--share) no-repeat, var(--line) }
+svg { width: 100%; height: 56px; display: block; fill: none; stroke: var(--main); stroke-width: 2 }
 nav { grid-area: bar; display: flex; flex-wrap: wrap; gap: 6px; justify-content: center }
 button, a { font: inherit; font-size: 14px; color: var(--text); text-decoration: none; white-space: nowrap }
-nav button::before { content: attr(value); margin-right: 7px; opacity: .65; font-family: monospace }
+section { padding: 6px 11px } nav button::before { content: attr(value); margin-right: 7px; font-family: monospace }
 [aria-pressed=true], #pad .on { background: var(--main); color: light-dark(#fff, #0f1216) }
 #pad { grid-area: pad; display: none; justify-content: space-between; touch-action: none; user-select: none }
 #pad b:empty { opacity: 0 } #cross { display: grid; grid: repeat(3, 42px) / repeat(3, 42px) }
@@ -425,7 +429,10 @@ nav button::before { content: attr(value); margin-right: 7px; opacity: .65; font
   header { flex-wrap: wrap } aside { display: grid; grid: auto / 1fr 1fr; gap: 5px } section { padding: 3px 8px }
   #about, #rewards, #keys, #policy:has(.many), aside:has(#drifts:not([hidden])) #policy { display: none }
   dl { grid-template-columns: repeat(3, auto 1fr); gap: 0 6px } section:has(dl) { grid-column: 1 / 3; font-size: 14px }
-  nav button { padding: 4px 6px; flex: 1 }
+  nav button { padding: 4px 6px; flex: 1 } .tokens b { color: #0000; text-shadow: none }
+}
+@media (max-height: 520px) {
+  #policy, #rewards, #drifts, #keys { display: none } #pad { position: fixed; inset: auto 8px 80px; opacity: .7 }
 }
 </style>
 <header><h1 id=title>IRIS</h1><span id=about></span><span id=notice role=status>Connecting</span></header> <main></main>
@@ -562,6 +569,7 @@ class Page:
                 own += 1
         # A request that is half sent after 10 seconds is dropped.
         handler = type("Handler", (WSGIRequestHandler,), {"timeout": 10, "log": lambda *_: None})
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32_768)  # a slow line leaves pictures out
         self.hosts, own = {host, name, "localhost"}, listener.getsockname()[1]
         self.server = make_server(host, own, self.respond, True, request_handler=handler, fd=listener.fileno())
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -610,7 +618,7 @@ class Page:
                 number, message = self.number, self.message
             yield f"data: {message}\n\n"
 
-    def show(self, panels: list[Panel], status: dict) -> None:
+    def show(self, panels: list[tuple], status: dict) -> None:
         pictures = []
         for title, picture, moment in panels:
             png = base64.b64encode(cv2.imencode(".png", picture[..., ::-1])[1]).decode()
@@ -735,7 +743,7 @@ def main(args: Args) -> None:
         content, settings = iris_train.read_checkpoint(checkpoint)
         agent, _ = iris_train.load_agent(checkpoint)
         epoch = content.get("epoch")  # a published checkpoint has none
-        about = f"models of {checkpoint}" + (f", epoch {epoch}" if "epoch" in content else "")
+        about = f"models of {os.path.relpath(checkpoint)}" + (f", epoch {epoch}" if "epoch" in content else "")
         starts = {name: getattr(settings, f"{name}_from") for name in ("tokenizer", "world_model", "actor_critic")}
         untrained = {name: f"The {name.replace('_', ' ')} is not trained before epoch {start}"
                      for name, start in starts.items() if "epoch" in content and epoch < start}  # fmt: skip
