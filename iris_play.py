@@ -221,7 +221,7 @@ def think(agent: Agent, moment: Moment, device: torch.device) -> None:
 def play(world: World, agent: Agent | None, screen, names: list[str], args: Args, folder: Path, who: str = "agent",
          episodes: int = 0) -> None:  # fmt: skip
     """Shows the world, and steps it with the actions of who is in charge, "you" or "agent"; until `q`, or args.steps
-    steps, or so many episodes (0 is any number). Recordings go to folder/media/recordings."""
+    steps, or so many episodes (0 is any number). Recordings go to folder/media/recordings. Raises IrisError."""
     world.reset()
     paused, stepped, recording, trouble, fps, played, returns = False, False, None, "", args.fps, 0, []
     keys = ["enter", *".e,-+q", *"m" * bool(agent and not args.episodes)]
@@ -612,7 +612,7 @@ class Page:
         """The newest message, as soon as there is another; after 5 seconds the same one, which shows who has left."""
         number = 0
         self.visited.set()
-        while number >= 0:
+        while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.number != number, timeout=5)
                 number, message = self.number, self.message
@@ -785,7 +785,7 @@ def main(args: Args) -> None:
             "warning": ". ".join(untrained.values()),
             "noise": {"The dream": noise or untrained.get("world_model", ""), "The agent's view": noise},
         })  # fmt: skip
-        who = "you" if args.human or (args.world_model and not args.agent) else "agent"
+        who = "you" if args.human or (args.world_model and not args.agent) else "recorded" if recorded else "agent"
         play(world, agent, page, names, args, folder, who)
 
 

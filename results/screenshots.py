@@ -1,4 +1,4 @@
-"""Pictures of the page of iris_play.py, as README shows them. Needs chromium and chromedriver, and tests/requirements.txt.
+"""Pictures of the page of iris_play.py for the README. Needs chromium, chromedriver and tests/requirements.txt.
 
     python results/screenshots.py --checkpoint results/models/breakout.pt
 
@@ -70,9 +70,6 @@ def main(args: Args) -> None:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         processes.append(open_page(browser, args, "--world-model", "--agent"))
         wait_for(browser, "latest.traces[0]?.length == 100 && latest.step > 12")
-        browser.execute_script("press('.')")
-        wait_for(browser, "latest.paused", 10)
-        browser.execute_script("el('about').textContent = el('notice').textContent = ''")
         picture(browser).save(args.out / "play_page.png", optimize=True)
 
         processes.append(open_page(browser, args, "--compare"))
@@ -83,7 +80,8 @@ def main(args: Args) -> None:
             time.sleep(max(0.0, began + len(pictures) / args.fps - time.monotonic()))
         durations = round(1000 * args.seconds / len(pictures))
         first, *others = pictures
-        first.save(args.out / "play.webp", save_all=True, append_images=others, duration=durations, loop=0, quality=70, method=4)
+        more = {"append_images": others, "duration": durations, "loop": 0, "quality": 70, "method": 4}
+        first.save(args.out / "play.webp", save_all=True, **more)
     finally:
         browser.quit()
         for process in processes:

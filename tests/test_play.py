@@ -69,7 +69,8 @@ def make_run(folder, env_id, epoch=60, episodes=0, **biases):
     for name, bias in biases.items():
         weights[f"actor_critic.{name}.weight"].zero_()
         weights[f"actor_critic.{name}.bias"].copy_(torch.tensor(bias))
-    content = {"format": 1, "args": asdict(args), "num_actions": int(env.action_space.n), "epoch": epoch, "agent": weights}
+    content = {"format": iris_train.FORMAT, "args": asdict(args), "num_actions": int(env.action_space.n)}
+    content |= {"epoch": epoch, "agent": weights}
     folder.mkdir(parents=True)
     torch.save(content, folder / "checkpoint.pt")
     (folder / "args.json").write_text("{}")
@@ -99,7 +100,8 @@ def boxing(tmp_path_factory):
 @pytest.fixture(scope="module")
 def counter(tmp_path_factory):
     """A run on a small game, whose policy always chooses action 2."""
-    return make_run(tmp_path_factory.mktemp("counter") / "run", "tests.games:Counter-v0", actor_linear=[0.0, 0.0, 100.0])
+    folder = tmp_path_factory.mktemp("counter") / "run"
+    return make_run(folder, "tests.games:Counter-v0", actor_linear=[0.0, 0.0, 100.0])
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +241,8 @@ def scripted(breakout, folder, pressed, held=(), who="you", place="game", **chan
 def test_pause_one_step_hand_over_restart_and_speed_do_what_they_say(breakout, tmp_path):
     pressed = {4: ["."], 8: ["e"], 9: ["e"], 12: ["."], 15: ["m"], 20: ["enter"], 21: ["-"], 23: ["q"]}
     shown = scripted(breakout, tmp_path, pressed, held=["right"])
-    assert [status["step"] for status in shown] == [0, 1, 2, 3, 3, 3, 3, 3, 4, 5, 5, 5, 6, 7, 8, 9, 10, 11, 12, 13, 0, 1, 2]
+    steps = [0, 1, 2, 3, 3, 3, 3, 3, 4, 5, 5, 5, 6, 7, 8, 9, 10, 11, 12, 13, 0, 1, 2]
+    assert [status["step"] for status in shown] == steps
     assert [status["paused"] for status in shown[3:6]] == [False, True, True]
     assert (shown[14]["who"], shown[15]["who"]) == ("you", "agent")
     assert all(status["action"] == 2 for status in shown[1:15]) and shown[22]["fps"] == 160
@@ -354,7 +357,9 @@ def test_evaluation_sets_an_atari_score_beside_a_humans_and_the_papers(breakout,
 # --- whose models ----------------------------------------------------------------------------------------------------
 
 
-def test_the_newest_run_is_taken_then_the_small_models_and_a_person_needs_none(breakout, counter, tmp_path, monkeypatch):
+def test_the_newest_run_is_taken_then_the_small_models_and_a_person_needs_none(
+    breakout, counter, tmp_path, monkeypatch
+):
     monkeypatch.setattr(iris_play, "MODELS", tmp_path / "models")
     monkeypatch.chdir(tmp_path)
     find = iris_play.find_checkpoint
@@ -404,8 +409,8 @@ def test_a_published_checkpoint_plays_in_the_dream(published, tmp_path):
     "arguments, message",
     [
         (["--checkpoint", "/nonexistent.pt"], "there is no checkpoint at /nonexistent.pt"),
-        (["--checkpoint", "{published}", "--env-id", "PongNoFrameskip-v4"], "knows 4 actions and Pong.* has 6: name a ch"),
-        (["--human", "--checkpoint", "{published}", "--env-id", "BoxingNoFrameskip-v4"], "name a checkpoint of this game"),
+        (["--checkpoint", "{published}", "--env-id", "PongNoFrameskip-v4"], "knows 4 actions and Pong.* has 6"),
+        (["--human", "--checkpoint", "{published}", "--env-id", "BoxingNoFrameskip-v4"], "name a checkpoint of this"),
         (["--run-dir", "{run}", "--host", ""], "--host is empty"),
         (["--run-dir", "{run}", "--host", "192.0.2.1"], "can't serve at 192.0.2.1"),
         (["--run-dir", "{run}", "--video", "x.avi"], "has to end in .webm, .mp4, .gif or .webp"),
@@ -419,7 +424,9 @@ def test_a_published_checkpoint_plays_in_the_dream(published, tmp_path):
         (["--agent"], "--agent needs --world-model"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_clear_line_and_exit_code_2_and_leaves_nothing(counter, published, tmp_path, arguments, message):
+def test_bad_input_is_one_clear_line_and_exit_code_2_and_leaves_nothing(
+    counter, published, tmp_path, arguments, message
+):
     result = run(*(argument.format(run=counter, published=published) for argument in arguments), cwd=tmp_path)
     assert_one_clear_line(result, message)
     assert not list(tmp_path.iterdir())
@@ -565,13 +572,14 @@ class Tab:
     """What a test sees and does on the page."""
 
     def __init__(self, browser, url, width=1280, height=800, scheme="dark", touch=False):
-        self.browser, size = browser, {"width": width, "height": height, "deviceScaleFactor": 1 + touch, "mobile": touch}
-        self.devtools("Emulation.setDeviceMetricsOverride", **size)
+        self.browser, size = browser, {"width": width, "height": height}
+        self.devtools("Emulation.setDeviceMetricsOverride", **size, deviceScaleFactor=1 + touch, mobile=touch)
         self.devtools("Emulation.setTouchEmulationEnabled", enabled=touch)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.devtools("Emulation.setEmulatedMedia", features=features)
         browser.get(url)
-        wait_until(lambda: "Step" in self.text("facts") and self.js("return document.querySelector('img').naturalWidth"))
+        wait_until(lambda: "Step" in self.text("facts"))
+        wait_until(lambda: self.js("return document.querySelector('img').naturalWidth"))
 
     def devtools(self, name, **arguments):
         return self.browser.execute_cdp_cmd(name, arguments)
@@ -583,8 +591,8 @@ class Tab:
         return self.js("return document.getElementById(arguments[0]).innerText", name)
 
     def fact(self, name):
-        code = "return [...document.querySelectorAll('dt')].find((x) => x.innerText == arguments[0]).nextSibling.innerText"
-        return self.js(code, name)
+        names = "[...document.querySelectorAll('dt')]"
+        return self.js(f"return {names}.find((x) => x.innerText == arguments[0]).nextSibling.innerText", name)
 
     def button(self, key):
         return self.js("return buttons[arguments[0]]", key)
@@ -593,11 +601,13 @@ class Tab:
         texts = {"Enter": "\r", " ": " "}
         for kind in kinds:
             for name in names:
-                self.devtools("Input.dispatchKeyEvent", type=kind, key=name, code=f"Key{name}", text=texts.get(name, ""))
+                text = texts.get(name, "")
+                self.devtools("Input.dispatchKeyEvent", type=kind, key=name, code=f"Key{name}", text=text)
 
     def touch(self, *ids):
         """Fingers on these parts of the pad, and on no others."""
-        code = "const r = document.getElementById(arguments[0]).getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]"
+        code = """const box = document.getElementById(arguments[0]).getBoundingClientRect();
+            return [box.x + box.width / 2, box.y + box.height / 2]"""
         points = [dict(zip("xy", self.js(code, name))) | {"id": i} for i, name in enumerate(ids)]
         self.devtools("Input.dispatchTouchEvent", type="touchStart" if ids else "touchEnd", touchPoints=points)
 
@@ -626,7 +636,8 @@ def test_page_fits_the_screen_without_scrolling_or_overlaps_and_is_legible(
           boxes: shown("header, .frame, section, nav button, #pad b").map(box),
           inside: shown("section").every((x) => x.scrollWidth <= x.clientWidth),
           frames: shown(".frame").map((x, i) => x.clientWidth * devicePixelRatio / latest.panels[i].width),
-          type: Math.min(...shown("body *").filter((x) => x.innerText).map((x) => parseFloat(getComputedStyle(x).fontSize))),
+          type: Math.min(...shown("body *").filter((x) => x.innerText)
+            .map((x) => parseFloat(getComputedStyle(x).fontSize))),
           colour: getComputedStyle(document.body).backgroundColor, lit: shown(".tokens b").length}"""
     )
     assert measured["page"] == [width, height, width, height] and measured["inside"]
@@ -680,14 +691,15 @@ def test_on_a_phone_the_cross_and_the_fire_button_play(breakout, serve, browser)
     tab.acts("NOOP")
 
 
-def test_by_keyboard_alone_one_takes_over_pauses_steps_into_the_dream_and_back_and_sees_tokens(breakout, serve, browser):
+def test_by_keyboard_alone_one_takes_over_pauses_steps_into_the_dream_and_back_and_sees_tokens(
+    breakout, serve, browser
+):
     server = serve("--run-dir", breakout)
     tab = Tab(browser, server.url)
     assert tab.fact("Plays") == "agent" and "the game" in tab.text("title") and "%" in tab.text("shares")
     tab.key("m")
     wait_until(lambda: tab.fact("Plays") == "you")
-    tab.button(".").send_keys("")  # focus; Enter on a button presses it, and does not restart the game
-    tab.js("buttons['.'].focus()")
+    tab.js("buttons['.'].focus()")  # Enter on a button presses it, and does not restart the game
     tab.key("Enter")
     wait_until(lambda: "paused" in tab.text("notice") and tab.button(".").text == "resume")
     assert tab.button(".").get_attribute("aria-pressed") == "true"
