@@ -1,830 +1,296 @@
 """Chapter 5 of IRIS: step into the dream, and watch what was learned.
 
-A world model that predicts its next tokens well is a game that can be played. Here a person takes the policy's place:
-keys become actions, the transformer answers with the tokens of the next frame, the decoder paints them, and nothing of
-the real game is left but its first frame. The same loop shows the agent at work, replays what a run has kept, and
-with `--evaluate` measures a policy as the paper does.
+A world model that predicts the next tokens well is a game engine (IRIS, arXiv 2209.00588). Here a person or the policy
+chooses the actions, and the transformer of chapter 2 answers with the next frame. The way of a key to a new picture:
 
-    controller --- action ---> world --- picture ---> screen
-    a person: keys             the game               a window
-    the agent: policy          the dream (chapter 2)  a page in the browser
-      ^   ^                    a recorded episode     a video file
-      |   +----- frame, reward, end ----+                  |
-      +------------------------ keys ----------------------+      all in one loop, play(), that knows none by name
+    1. "left" is held on the page                          ->  action 3             choose
+    2. the action is appended to the stream of tokens      ->  (1, T + 1)           Dream.step, chapter 2
+    3. the transformer samples reward, end, and 16 tokens  ->  (1, 16)              Dream.step, chapter 2
+    4. the tokenizer's decoder turns these into a frame    ->  (1, 3, 64, 64)       Tokenizer.decode, chapter 1
+    5. the page magnifies it by a whole number             ->  640 x 640 pixels     showPanels, in PAGE
+
+What the player sees of that:
+    16 tokens   Each stands for about 16 x 16 pixels. One wrong token, and a ball of two pixels jumps, or is gone.
+    sampling    Rewards, ends and tokens are drawn, not argmaxed: the same keys in the same frame give another dream.
+    refill      The context holds 20 steps. When it is full, the latest 10 are kept and read again: this step is slower,
+                and what was out of sight for 10 steps is forgotten.
 
 Run it:   python iris_play.py                            # the agent of the newest run plays the real game
           python iris_play.py --world-model              # you play in its dream; `--agent`: it plays there itself
-          python iris_play.py --world-model --web        # the same in the browser, for a machine without a screen
+          python iris_play.py --compare                  # game and dream side by side, under the same actions
           python iris_play.py --pretrained Breakout --evaluate 100
-          python iris_play.py --help                     # all modes; the keys are printed at the start
-Read it:  arguments, worlds, controllers, screens, the loop, then evaluation and `main`.
+          python iris_play.py --help                     # all modes; the page names the keys
+Read it:  game and dream, who chooses, the loop; evaluation, video files, the page. [paper] is IRIS, [ours] is not.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import base64
-import ctypes
 import json
 import os
 import re
-import signal
 import socket
 import sys
 import threading
 import time
+import webbrowser
+from collections import deque
 from dataclasses import dataclass, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Callable
+from typing import Annotated, Iterator
 
 import cv2
 import numpy as np
 import torch
 import tyro
 from torch import Tensor
+from werkzeug import Request, Response
+from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.utils import send_file
 
 import iris_train
-from iris_agent import Agent, sample
-from iris_train import (
-    IrisError, checkpoint_path, choose_device, load_agent, make_env, play_test_episodes, to_model, to_stored,
-    write_file,
-)  # fmt: skip
+from iris_agent import Agent, State, sample
+from iris_train import IrisError, make_env, to_model, to_stored
 from iris_world_model import Dream
 
-PRETRAINED_URL = "https://huggingface.co/eloialonso/iris/resolve/main/pretrained_models/{}.pt"
-NO_DISPLAY = "there is no display here: choose --web (a page in the browser) or --video FILE"
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong with a video file, IrisError says
+Mode = tyro.conf.create_mutex_group(required=False, title="what to do (nothing: the agent plays the real game)")
+Source = tyro.conf.create_mutex_group(required=False, title="whose models (nothing: the newest run's under runs/)")
 
 
 @dataclass
 class Args:
-    """Plays with a trained IRIS agent. Without further arguments the newest run's agent plays its game."""
+    """Plays with a trained IRIS agent, on a page in the browser."""
 
-    checkpoint: str = ""  # Checkpoint of a run, or a published one, whose file is named after the game (Breakout.pt)
-    run_dir: str = ""  # Folder of a run; with neither of them, the newest under runs/
-    pretrained: str = ""  # A game, as in Breakout, whose published agent is fetched into torch.hub's cache
-    env_id: str = ""  # The game, where it is not the one that the checkpoint names
-
-    human: bool = False  # You play the real game
-    world_model: bool = False  # You play in the dream
+    world_model: Annotated[bool, Mode] = False  # You play in the dream
+    compare: Annotated[bool, Mode] = False  # The game and the dream side by side, under the same actions
+    reconstruction: Annotated[bool, Mode] = False  # The game, the same at 64x64, and what the agent sees
+    human: Annotated[bool, Mode] = False  # You play the real game: no models are needed, and the agent isn't computed
+    episodes: Annotated[bool, Mode] = False  # Shows the run's recorded episodes
+    evaluate: Annotated[int, Mode] = 0  # Plays so many whole test games and prints their statistics
     agent: bool = False  # With world_model: the agent plays in the dream
-    reconstruction: bool = False  # Three panels: the game, the same at 64x64, and what the agent sees
-    episodes: bool = False  # Replays the run's recorded episodes
-    evaluate: int = 0  # Plays so many whole test episodes and prints their statistics
-
-    web: bool = False  # Show it in the browser, not in a window
-    host: str = "127.0.0.1"  # With web: address to serve at; any but this one lets others on your network play
-    port: int = 8765  # With web: port to serve at; 0 takes a free one
-    video: str = ""  # Show nothing, write this .mp4, .gif or .webp: one episode, or --steps
-    steps: int = 0  # Stop after so many steps; of a dream, .gif or .webp a video is 1,000 if nothing is said
-
+    checkpoint: Annotated[str, Source] = ""  # Checkpoint of a run, or a published one named after its game: Breakout.pt
+    run_dir: Annotated[str, Source] = ""  # Folder of a run
+    pretrained: Annotated[str, Source] = ""  # A game, as in Breakout, whose published agent is fetched and kept
+    env_id: str = ""  # The game, where it is not the one that the checkpoint names
+    host: str = "127.0.0.1"  # Address to serve the page at; any but this one lets others on your network play
+    port: int = 8765  # Port to serve at, or the next free one; 0 takes any
+    video: str = ""  # No page, but a .webm, .mp4, .gif or .webp: one episode, or --steps
+    steps: int = 0  # Stop after so many steps; a video of a dream, .gif or .webp has 1,000 if nothing is said
     fps: float = 15.0  # Steps a second; 15 is an Atari's own speed
-    header: bool = False  # Write step, action, reward, return, value and policy under the picture; the page always does
-    save: bool = False  # Ask after each episode whether to keep it
     seed: int = 1  # Seed of the game, the policy and the dream
-    temperature: float = 0.5  # Of the policy; 0 is always its likeliest action, inf plays at random
-    json: str = ""  # With evaluate: file to keep the result in
+    temperature: float = 0.5  # Of the policy; 0 is always its likeliest action, inf is random play
+    json: str = ""  # With evaluate: file for the result
     device: str = "auto"  # cuda, cpu, ...; auto takes a GPU where there is one
 
 
-def check(args: Args) -> None:
-    """Raises IrisError for arguments that don't go together, before anything is loaded."""
-    given = {name for name, value in vars(args).items() if value not in (False, 0, "")}
-
-    def flags(names) -> str:
-        return " and ".join(f"--{name.replace('_', '-')}" for name in names)
-
-    for names in (
-        ("checkpoint", "run_dir", "pretrained"), ("human", "world_model", "episodes", "evaluate"), ("web", "video"),
-        ("human", "agent"), ("human", "video"), ("episodes", "save"), ("video", "save"),
-        ("reconstruction", "world_model"), ("evaluate", "web"), ("evaluate", "video"), ("evaluate", "save"),
-        ("evaluate", "steps"), ("evaluate", "reconstruction"),
-    ):  # fmt: skip
-        if len(both := [name for name in names if name in given]) > 1:
-            raise IrisError(f"{flags(both)} don't go together: leave one out")
-    for name, needed in (("json", "evaluate"), ("agent", "world_model")):
-        if name in given and needed not in given:
-            raise IrisError(f"{flags([name])} needs {flags([needed])}")
-    for name, valid in (
-        ("fps", 0.5 <= args.fps <= 1000), ("temperature", args.temperature >= 0), ("evaluate", args.evaluate >= 0),
-        ("steps", args.steps >= 0), ("seed", 0 <= args.seed < 2**31), ("port", 0 <= args.port < 2**16),
-    ):  # fmt: skip
-        if not valid:
-            raise IrisError(f"--{name} {getattr(args, name)} is out of range")
-    if args.video and Path(args.video).suffix not in (".mp4", ".gif", ".webp"):
-        raise IrisError(f"--video {args.video}: its name has to end in .mp4, .gif or .webp")
-    if args.video.endswith((".gif", ".webp")) and (args.steps > 1000 or args.fps > 50):
-        raise IrisError("a .gif or .webp has at most 1,000 steps, and 50 a second: write an .mp4")
-
-
-def find_checkpoint(args: Args) -> Path:
-    """The checkpoint that the arguments speak of. Raises IrisError if there is none."""
-    if args.pretrained:
-        make_env(f"{args.pretrained}NoFrameskip-v4").close()  # says what was meant if there is no such game
-        path = Path(torch.hub.get_dir()) / "checkpoints" / "iris" / f"{args.pretrained}.pt"
-        url = PRETRAINED_URL.format(args.pretrained)
-        try:
-            if not path.exists():
-                print(f"Fetching {url}", flush=True)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, str(path))
-        except OSError as error:
-            where = f"put {path.name} (from {url}) into {path.parent}"
-            raise IrisError(f"can't fetch the agent ({error}): {where}") from error
-        return path
-    if args.checkpoint or args.run_dir:
-        return checkpoint_path(args.checkpoint or args.run_dir)
-    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise IrisError(
-            "there is no run under runs/: train one (python iris_train.py --preset laptop), or name a file with "
-            "--checkpoint, or a game with --pretrained Breakout"
-        )
-    return runs[-1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Worlds: the game, the dream, a recorded episode
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# --- The game and the dream -------------------------------------------------------------------------------------------
 @dataclass
-class View:
-    """A moment of a world: what is shown of it, and what the step that led here brought."""
+class Moment:
+    """A frame, the step that led to it, and what the agent computes from it (None until then)."""
 
-    panels: list[np.ndarray]  # pictures to show side by side, each (H, W, 3) uint8
-    frame: np.ndarray  # the same as it is recorded, (64, 64, 3) uint8
-    seen: Tensor  # what the agent sees of it, (1, 3, 64, 64) in [0, 1]
+    frame: np.ndarray  # (64, 64, 3) uint8
     step: int = 0  # of the episode
     total: float = 0.0  # return of the episode so far
-    action: int | None = None  # that led here, and its reward; None at the beginning
+    action: int | None = None  # that led here, with its reward; None at the beginning
     reward: float = 0.0
     end: bool = False
-    label: str = ""  # what else to say of it
+    before: Tensor | None = None  # tokens of the frame before
+    tokens: Tensor | None = None  # (1, K)
+    seen: Tensor | None = None  # (1, 3, 64, 64) in [0, 1], the decoded tokens
+    logits: Tensor | None = None  # (1, A) of the policy
+    value: float | None = None
+    state: State | None = None  # the LSTM's, before this frame; after it, once logits are there
 
-    def after(self, action: int, reward: float, end: bool, before: "View") -> "View":
-        """This view, as the one that an action led to."""
-        total = before.total + reward
-        return replace(self, step=before.step + 1, total=total, action=action, reward=reward, end=end)
-
-
-class Game:
-    """The real game, as in tests: whole games, not single lives. Each reset begins the game of the next seed."""
-
-    commands: dict = {}
-
-    def __init__(self, agent: Agent, env, device: torch.device, seed: int, three_panels: bool = False):
-        self.agent, self.env, self.device, self.seed, self.three_panels = agent, env, device, seed, three_panels
-
-    def look(self, frame: np.ndarray) -> View:
-        seen = self.agent.tokenizer.reconstruct(to_model(torch.from_numpy(frame)[None].to(self.device)))
-        screen = np.atleast_3d(self.env.screen)  # (H, W, 1 or 3)
-        panels = [np.repeat(screen, 3 // screen.shape[2], axis=2), frame, to_stored(seen)[0].cpu().numpy()]
-        return View(panels if self.three_panels else panels[:1], frame, seen)
-
-    def reset(self) -> View:
-        self.now = self.look(self.env.reset(seed=self.seed)[0])
-        self.seed += 1
-        return self.now
-
-    def step(self, action: int) -> View:
-        frame, reward, terminated, truncated, _ = self.env.step(action)
-        self.now = self.look(frame).after(action, float(reward), terminated or truncated, self.now)
-        return self.now
+    def then(self, frame: np.ndarray, action: int, reward: float, end: bool) -> "Moment":
+        """The moment after this one. An LSTM that missed a frame starts anew."""
+        state = None if self.logits is None else self.state
+        return Moment(frame, self.step + 1, self.total + reward, action, reward, end, self.tokens, state=state)
 
 
-class DreamedGame:
-    """The dream of chapter 2. The first frame of a real game begins it; after that the real game is not asked."""
+class World:
+    """The real game, and a dream of it. `place` says which of them is played: "game", "dream", or "both".
 
-    commands: dict = {}
+    A dream begins with a real frame. From then on the real game is not asked: it waits where it was left."""
 
-    def __init__(self, agent: Agent, game: Game):
-        self.dream, self.game = Dream(agent.tokenizer, agent.world_model), game
+    def __init__(self, env, agent: Agent | None, device: torch.device, seed: int, place: str, all_views: bool = False):
+        self.env, self.device, self.seed, self.home, self.all_views = env, device, seed, place, all_views
+        self.dream = Dream(agent.tokenizer, agent.world_model) if agent else None
+        self.commands = {"t": self.enter_or_leave} if agent else {}  # key of the page -> what it does
 
-    def look(self, seen: Tensor) -> View:
+    def reset(self) -> None:
+        """The game of the next seed, and its dream."""
+        self.real, self.place, self.seed = Moment(self.env.reset(seed=self.seed)[0]), self.home, self.seed + 1
+        if self.place != "game":
+            self.start_dream()
+
+    def start_dream(self) -> None:
+        """A dream that begins with the game's present frame. Step, return and the LSTM's state go on."""
+        seen = self.dream.reset(to_model(torch.from_numpy(self.real.frame)[None].to(self.device)))
         frame = to_stored(seen)[0].cpu().numpy()
-        return View([frame], frame, seen)
+        self.dreamed = replace(self.real, frame=frame, tokens=self.dream.context, seen=seen)
+        self.parted = self.real, self.dreamed  # where game and dream were one
 
-    def reset(self) -> View:
-        frame = torch.from_numpy(self.game.reset().frame)[None].to(self.game.device)
-        self.now = self.look(self.dream.reset(to_model(frame)))
-        return self.now
+    def enter_or_leave(self) -> None:
+        """From the game into the dream, at this very frame; from the dream to the game, where it was left."""
+        self.place = {"game": "dream", "dream": "game", "both": "both"}[self.place]
+        if self.place != "game":
+            self.start_dream()
 
-    def step(self, action: int) -> View:
-        seen, rewards, ends = self.dream.step(torch.tensor([action], device=self.game.device))
-        self.now = self.look(seen).after(action, rewards.item(), bool(ends), self.now)
-        return self.now
+    def step(self, action: int) -> None:
+        if self.place != "dream":
+            frame, reward, terminated, truncated, info = self.env.step(action)
+            self.real = self.real.then(frame, info.get("recorded", action), float(reward), terminated or truncated)
+        if self.place != "game":
+            seen, rewards, ends = self.dream.step(torch.tensor([action], device=self.device))
+            frame, k = to_stored(seen)[0].cpu().numpy(), self.dreamed.tokens.shape[1]
+            self.dreamed = self.dreamed.then(frame, action, rewards.item(), bool(ends))
+            self.dreamed.tokens, self.dreamed.seen = self.dream.context[:, -k:], seen
 
+    @property
+    def now(self) -> Moment:
+        """The moment that the player acts on."""
+        return self.dreamed if self.place == "dream" else self.real
 
-class RecordedEpisodes:
-    """What was kept: media/episodes/{test,train,imagination}, and media/recordings. A step shows the next recorded
-    frame, whatever the action."""
+    @property
+    def ended(self) -> bool:
+        return self.now.end or (self.place == "both" and self.dreamed.end)
 
-    def __init__(self, agent: Agent, folder: Path, device: torch.device, two_panels: bool):
-        places = [folder / "media/episodes" / name for name in ("test", "train", "imagination")]
-        self.folders = [place for place in (*places, folder / "media/recordings") if any(place.glob("*.npz"))]
-        if not self.folders:
-            raise IrisError(
-                f"there are no recorded episodes in {folder.resolve()}/media: evaluations record some, and `,` while "
-                "playing does"
-            )
-        self.agent, self.device, self.two_panels = agent, device, two_panels
-        self.folder, self.episode = 0, 0
-        self.commands = {
-            "n": ("next episode", lambda: self.open(self.folder, self.episode + 1)),
-            "p": ("previous episode", lambda: self.open(self.folder, self.episode - 1, way=-1)),
-            "f": ("next folder", lambda: self.open(self.folder + 1, 0)),
-            "right": ("a step on", lambda: self.at(self.place + 1)),
-            "left": ("a step back", lambda: self.at(self.place - 1)),
-            "up": ("10 steps on", lambda: self.at(self.place + 10)),
-            "down": ("10 steps back", lambda: self.at(self.place - 10)),
-            "h": ("back to the start", self.reset),
-        }
+    def go_on(self) -> None:
+        """After an end: a new game; but where only a dream ended that began in mid-game, the game goes on."""
+        if self.place == "both" and not self.real.end:
+            self.start_dream()
+        elif self.place == "dream" and self.home == "game":
+            self.place = "game"
+        else:
+            self.reset()
 
-    def reset(self) -> View:
-        return self.open(self.folder, self.episode)
+    def drift(self) -> tuple[int, float] | None:
+        """Steps since game and dream were one; their mean absolute difference where either has changed since [ours]."""
+        if self.place != "both":
+            return None
+        real, dream, *then = (m.frame.astype(np.float32) / 255 for m in (self.real, self.dreamed, *self.parted))
+        changed = np.maximum(np.abs(real - then[0]), np.abs(dream - then[1])).max(axis=2) > 0.1  # (64, 64)
+        difference = float(np.abs(real - dream)[changed].mean()) if changed.any() else 0.0
+        return self.real.step - self.parted[0].step, difference
 
-    def open(self, folder: int, episode: int, way: int = 1) -> View:
-        """An episode by number, counted around. One that can't be read is passed over."""
-        self.folder = folder % len(self.folders)
-        paths = sorted(self.folders[self.folder].glob("*.npz"))  # anew each time: training adds and deletes some
-        for attempt in range(len(paths)):
-            self.episode = (episode + way * attempt) % len(paths)
-            path = paths[self.episode]
-            try:
-                with np.load(path) as file:
-                    self.frames, self.actions = np.uint8(file["frames"]), np.int64(file["actions"])
-                    self.rewards = np.float64(file["rewards"])
-                lengths = {len(self.frames), len(self.actions), len(self.rewards)}
-                if len(lengths) > 1 or self.frames[:1].shape != (1, 64, 64, 3):
-                    raise ValueError("not columns of an episode")
-                self.label = f"{path.parent.name}/{path.stem}, {len(self.frames)} steps"
-                return self.at(0)
-            except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for a damaged file
-                print(f"passed over {path}: {error}", file=sys.stderr)
-        raise IrisError(f"{self.folders[self.folder]} has no episode that can be read")
-
-    def at(self, place: int) -> View:
-        """The episode after `place` steps. Behind its last step there is no frame: the last one stays."""
-        self.place = min(max(place, 0), len(self.frames))
-        frame = self.frames[min(self.place, len(self.frames) - 1)]
-        seen, panels = to_model(torch.from_numpy(frame)[None].to(self.device)), [frame]
-        if self.folders[self.folder].name != "imagination":  # dreams are reconstructions already
-            seen = self.agent.tokenizer.reconstruct(seen)
-            panels += [to_stored(seen)[0].cpu().numpy()] if self.two_panels else []
-        view = View(panels, frame, seen, self.place, float(self.rewards[: self.place].sum()), label=self.label)
-        if self.place == 0:
-            return view
-        action, reward = int(self.actions[self.place - 1]), float(self.rewards[self.place - 1])
-        return replace(view, action=action, reward=reward, end=self.place == len(self.frames))
-
-    def step(self, action: int) -> View:
-        return self.at(self.place + 1)
+    def panels(self) -> list[tuple[str, np.ndarray, Moment]]:
+        """What is shown: for each panel a title, a picture (H, W, 3) uint8, and whose tokens lie over it."""
+        small = "At 64 x 64", self.real.frame, self.real
+        if self.place != "game":
+            dream = "The dream", self.dreamed.frame, self.dreamed
+            return [("The game", *small[1:]), dream] if self.place == "both" else [dream]
+        screen = np.atleast_3d(self.env.screen)  # (H, W, 1 or 3)
+        panels = [(getattr(self.env, "title", "The game"), np.repeat(screen, 3 // screen.shape[2], axis=2), self.real)]
+        if self.all_views and self.real.seen is not None:
+            panels += [small] * (len(screen) > 64)
+            panels.append(("The agent's view", to_stored(self.real.seen)[0].cpu().numpy(), self.real))
+        return panels
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Controllers: a person, the agent
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- Who chooses: a person, or the policy -----------------------------------------------------------------------------
 # What a key means, in the words that action names are made of; a digit is the action of that number.
-MEANINGS = {
-    "left": "LEFT", "right": "RIGHT", "up": "UP", "down": "DOWN", "space": "FIRE",
-    "a": "LEFT", "d": "RIGHT", "w": "UP", "s": "DOWN", **{digit: digit for digit in "0123456789"},
-}  # fmt: skip
-
-
-def action_names(env) -> list[str]:
-    """The game's own names, such as RIGHTFIRE, or else numbers."""
-    meanings = getattr(env.unwrapped, "get_action_meanings", None)
-    return list(meanings()) if meanings else [str(number) for number in range(env.action_space.n)]
-
-
-class Person:
-    name = "you"
-
-    def __init__(self, names: list[str]):
-        self.actions = [set(re.findall(r"UP|DOWN|LEFT|RIGHT|FIRE|\d+", name)) for name in names]  # parts of each
-        keys = {part: "/".join(key for key in MEANINGS if MEANINGS[key] == part) for part in MEANINGS.values()}
-        self.help = "   ".join(
-            f"{name}: {' + '.join(keys.get(part, '-') for part in sorted(parts))}"
-            for name, parts in zip(names, self.actions, strict=True) if parts
-        )  # fmt: skip
-
-    def look(self, view: View) -> str:
-        return ""
-
-    def choose(self, held: list[str]) -> int:
-        """The keys held, oldest first -> of the actions whose every part is held the one with most parts, and among
-        equals the one with the newest keys. With nothing held that is NOOP, or the first action."""
-        wanted = list(dict.fromkeys(MEANINGS[key] for key in held if key in MEANINGS))
-
-        def fit(action: int) -> tuple[int, int]:
-            parts = self.actions[action]
-            if not parts <= set(wanted):
-                return -1, 0
-            return len(parts), sum(2 ** wanted.index(part) for part in parts)  # a newer key outweighs all older ones
-
-        return max(range(len(self.actions)), key=fit)
-
-
-class AgentPlayer:
-    name = "agent"
-
-    def __init__(self, agent: Agent, names: list[str], temperature: float):
-        self.agent, self.names, self.temperature, self.step = agent, names, temperature, -2
-
-    def look(self, view: View) -> str:
-        """Takes the view in, whoever plays: its LSTM follows the game, so that it can take over at any moment."""
-        if view.step != self.step + 1:  # another episode, or a jump in a recorded one: nothing leads here
-            self.state = self.agent.actor_critic.initial_state(1)
-        self.step = view.step
-        logits, value, self.state = self.agent.actor_critic(view.seen, self.state)
-        self.logits = logits[0] / max(self.temperature, 1e-6)
-        shares = self.logits.softmax(dim=0).tolist()
-        best = sorted(range(len(shares)), key=lambda action: -shares[action])[:4]
-        return f"value {value.item():.2f}   policy {'  '.join(f'{self.names[i]} {shares[i]:.0%}' for i in best)}"
-
-    def choose(self, held: list[str]) -> int:
-        return int(sample(self.logits[None]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Screens: a window, a page, a video file
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def paint(panels: list[np.ndarray], lines: list[str]) -> np.ndarray:
-    """Pictures of any size (H, W, 3) uint8 side by side, and lines of text below -> one picture (H', W', 3) uint8."""
-    # Magnified by whole numbers, so that all pixels stay alike.
-    times = [max(1, round(448 / panel.shape[0])) for panel in panels]
-    large = [panel.repeat(n, axis=0).repeat(n, axis=1) for panel, n in zip(panels, times, strict=True)]
-    height, gap = max(panel.shape[0] for panel in large), 4 if len(large) > 1 else 0
-    shown = np.concatenate(
-        [np.pad(panel, ((0, height - panel.shape[0]), (gap, gap), (0, 0))) for panel in large], axis=1
-    )  # fmt: skip
-    if not lines:
-        return shown
-    width = max(shown.shape[1], 480)
-    strip = np.zeros((8 + 20 * len(lines), width, 3), np.uint8)
-    for row, line in enumerate(lines):
-        cv2.putText(strip, line, (8, 20 + 20 * row), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (230, 230, 230), 1, cv2.LINE_AA)
-    left = (width - shown.shape[1]) // 2
-    return np.concatenate([np.pad(shown, ((0, 0), (left, width - shown.shape[1] - left), (0, 0))), strip])
-
-
-def x11_key_state() -> Callable[[int], bool] | None:
-    """Asks the X server whether the key with a given symbol is down now; None where there is no X library.
-
-    OpenCV reports that a key was pressed, then, while it is held, that it was pressed again, 25 times a second after a
-    pause, and only of the latest key held; never that it was let go; and of two keys that come while the program is
-    computing, only the second. So which keys are held, the server's own map of the keyboard has to say.
-    """
-    if not os.environ.get("DISPLAY"):
-        raise IrisError(NO_DISPLAY)  # else Qt would end the program itself
-    try:
-        x11 = ctypes.CDLL("libX11.so.6")
-    except OSError:
-        return None
-    x11.XOpenDisplay.restype = ctypes.c_void_p
-    display = ctypes.c_void_p(x11.XOpenDisplay(None))
-    if not display:
-        raise IrisError(NO_DISPLAY)
-    keys = ctypes.create_string_buffer(32)  # a bit for each key of the keyboard
-
-    def is_down(symbol: int) -> bool:
-        code = x11.XKeysymToKeycode(display, ctypes.c_ulong(symbol))
-        x11.XQueryKeymap(display, keys)
-        return bool(keys.raw[code >> 3] >> (code & 7) & 1)
-
-    return is_down
-
-
-class Window:
-    """OpenCV's window. OpenCV reports that keys were pressed in it; which ones, and until when, the X server."""
-
-    # X's key symbols; those of other keys are the characters themselves
-    SYMBOLS = {"left": 65361, "up": 65362, "right": 65363, "down": 65364, "enter": 65293, "space": 32}
-    NAMES = {symbol: name for name, symbol in SYMBOLS.items()} | {
-        13: "enter", 65421: "enter", 27: "q", 63234: "left", 63232: "up", 63235: "right", 63233: "down",  # and macOS
-    }  # fmt: skip
-    HELD_FOR = 0.25  # seconds that a key counts as held after a report, where nothing better is known (macOS)
-
-    def __init__(self, title: str, names: list[str], header: bool):
-        self.title, self.header = title, header
-        self.symbols = {name: self.SYMBOLS.get(name) or ord(name) for name in names}
-        self.down: dict[str, float] = {}  # key -> when it was last reported; oldest press first
-        self.is_down = x11_key_state() if sys.platform == "linux" else None
-        try:
-            cv2.namedWindow(title, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
-        except cv2.error as error:
-            raise IrisError("this OpenCV has no windows (opencv-python-headless?): use --web or --video") from error
-
-    def show(self, panels: list[np.ndarray], header: list[str], notice: str) -> None:
-        lines = (header if self.header else []) + ([notice] if notice else [])
-        cv2.imshow(self.title, paint(panels, lines)[..., ::-1])
-
-    def read(self, deadline: float) -> tuple[list[str], list[str]]:
-        pressed = []
-        while True:
-            symbol = cv2.waitKeyEx(max(1, int(1000 * (deadline - time.perf_counter()))))
-            if not self.is_open():
-                return ["q"], []
-            if symbol != -1:
-                reported = self.NAMES.get(symbol) or chr(symbol & 0xFFFF).lower()
-                others = [x for x in self.symbols if self.is_down and x != reported and self.is_held(x)]
-                # Of keys pressed since it was last asked, OpenCV reports the newest alone.
-                for name in [*others, reported] if reported in self.symbols else others:
-                    if name not in self.down:
-                        pressed.append(name)
-                    self.down[name] = time.perf_counter()
-            if time.perf_counter() >= deadline:
-                break
-        # A tap that was shorter than a step counts for one step.
-        held = [name for name in self.down if name in pressed or self.is_held(name)]
-        self.down = {name: when for name, when in self.down.items() if self.is_held(name)}
-        return pressed, held
-
-    def is_held(self, name: str) -> bool:
-        if self.is_down is None:
-            return time.perf_counter() - self.down[name] < self.HELD_FOR
-        return self.is_down(self.symbols[name])
-
-    def is_open(self) -> bool:
-        try:
-            return cv2.getWindowProperty(self.title, cv2.WND_PROP_VISIBLE) >= 1
-        except cv2.error:  # somebody closed it
-            return False
-
-    def close(self) -> None:
-        if self.is_open():
-            cv2.destroyWindow(self.title)
-
-
-class Video:
-    """A file. It shows each step once, as fast as they come, and nobody sits before it."""
-
-    def __init__(self, path: str, fps: float, header: bool):
-        self.path, self.fps, self.header, self.pictures, self.writer, self.count = Path(path), fps, header, [], None, 0
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_bytes(b"")  # what can't be written is said before anything is played
-        except OSError as error:
-            raise IrisError(f"can't write {path}: {error.strerror}") from error
-
-    def show(self, panels: list[np.ndarray], header: list[str], notice: str) -> None:
-        picture = paint(panels, header if self.header else [])
-        picture = np.pad(picture, ((0, picture.shape[0] % 2), (0, picture.shape[1] % 2), (0, 0)))[..., ::-1]  # codecs
-        picture, self.count = np.ascontiguousarray(picture), self.count + 1
-        if self.path.suffix != ".mp4":
-            self.pictures.append(picture)
-            return
-        if self.writer is None:
-            code = cv2.VideoWriter_fourcc(*"mp4v")
-            self.writer = cv2.VideoWriter(str(self.path), code, round(self.fps, 2), picture.shape[1::-1])
-        self.writer.write(picture)
-
-    def read(self, deadline: float) -> tuple[list[str], list[str]]:
-        return [], []
-
-    def close(self, keep: bool = True) -> None:
-        if self.writer:
-            self.writer.release()
-        if not keep:
-            return self.path.unlink(missing_ok=True)
-        if self.pictures:
-            unit = 10 if self.path.suffix == ".gif" else 1  # a GIF counts time in hundredths of a second
-            ends = np.round(np.arange(self.count + 1) * 1000 / self.fps / unit) * unit
-            animation = cv2.Animation()
-            animation.frames, animation.durations = self.pictures, np.diff(ends).astype(np.int32)
-            cv2.imwriteanimation(str(self.path), animation)
-        whole = cv2.VideoCapture(str(self.path)).isOpened() if self.writer else self.path.stat().st_size > 0
-        if not whole:
-            raise IrisError(f"{self.path} could not be written whole: is the disk full?")
-        print(f"{self.path}: {self.count} frames, {self.path.stat().st_size / 1e6:.2f} MB", flush=True)
-
-
-PAGE = """<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width">
-<title>$title</title>
-<style>
- body { font: 16px/1.5 system-ui, sans-serif; background: #14161a; color: #e8e8e8; max-width: 84rem; margin: 1rem auto;
-        padding: 0 1rem; text-align: center }
- h1 { font-size: 1.1rem } p { color: #b0b4bc; font-size: 14px } #notice { min-height: 1.5em; color: #ffc857 }
- img { image-rendering: pixelated; max-width: 100%; min-height: 12rem; background: #000 }
- pre { font: 14px/1.5 ui-monospace, monospace; min-height: 4.5em; margin: .5rem; white-space: pre-wrap }
- button { font: inherit; color: inherit; background: #2a2e36; border: 1px solid #555; border-radius: 6px; margin: 2px;
-          padding: 4px 12px; cursor: pointer }
- button:focus-visible { outline: 3px solid #ffc857 }
- kbd { background: #444; border-radius: 3px; padding: 0 5px; font-size: 85% }
-</style>
-<h1>$title</h1>
-<img id=picture alt="The game"><div id=notice role=status></div><pre id=header></pre><div id=commands></div><p>$help</p>
-<script>
- const tab = Math.random().toString(36).slice(2), names = $names, commands = $commands;
- const element = (id) => document.getElementById(id);
- const special = {ArrowLeft: "left", ArrowRight: "right", ArrowUp: "up", ArrowDown: "down", " ": "space",
-                  Enter: "enter", Escape: "q"};
- let down = {}, count = 0;  // physical key -> the name that it had when it was pressed
- // Over a slow line, messages may arrive out of order: each has a number, and an older one is ignored.
- const send = (pressed) => fetch("/keys", {method: "POST", keepalive: true,
-   body: JSON.stringify({tab, count: ++count, pressed, held: Object.values(down)})}).catch(() => {});
- setInterval(() => Object.keys(down).length && send([]), 300);  // "still held": without it, a key is let go
- const letGo = () => { if (Object.keys(down).length) { down = {}; send([]); } };
- addEventListener("blur", letGo);
- addEventListener("visibilitychange", letGo);
- addEventListener("keydown", (event) => {
-   const name = special[event.key] ?? event.key.toLowerCase();
-   const onButton = document.activeElement.tagName == "BUTTON" && (name == "enter" || name == "space");
-   if (event.ctrlKey || event.metaKey || event.altKey || onButton || !names.includes(name)) return;
-   event.preventDefault();
-   if (event.repeat || down[event.code || name]) return;
-   down[event.code || name] = name;
-   send([name]);
- });
- addEventListener("keyup", (event) => {
-   const key = event.code || (special[event.key] ?? event.key.toLowerCase());
-   if (down[key]) { delete down[key]; send([]); }
- });
- for (const [key, text] of Object.entries(commands)) {
-   const button = document.createElement("button");
-   button.append(Object.assign(document.createElement("kbd"), {textContent: key}), " " + text);
-   button.onclick = () => { send([key]); button.blur(); };
-   element("commands").append(button);
- }
- (async () => {
-   // The next picture is asked for when the last one is there: over a slow line some are left out, none comes late.
-   for (let number = 0, over = false; !over;) {
-     try {
-       const message = await (await fetch("/picture?after=" + number)).json();
-       ({number, over} = message);
-       element("notice").textContent = message.notice;
-       if (over) break;
-       element("picture").src = message.picture;
-       element("header").textContent = message.header.join("\\n");
-     } catch {
-       element("notice").textContent = "No connection; trying again.";
-       await new Promise((wake) => setTimeout(wake, 1000));
-     }
-   }
- })();
-</script>"""
-
-
-class Page:
-    """A page in the browser. It asks for picture after picture, and tells of each press and each release of a key.
-
-    Any site that you visit may send requests to 127.0.0.1, so what comes from another origin is refused.
-    """
-
-    HELD_FOR = 1.5  # seconds after a tab's last message: the line may have broken, or the tab been closed
-
-    def __init__(self, host: str, port: int, title: str, names: list[str], commands: dict[str, str], help_text: str):
-        self.changed, self.message, self.number = threading.Condition(), {}, 0
-        self.tabs: dict[str, tuple[int, float, list[str]]] = {}  # number and time of its latest message, keys held
-        self.names, self.pressed = names, []
-        parts = {"title": title, "help": help_text, "names": json.dumps(names), "commands": json.dumps(commands)}
-        self.page = re.sub(r"\$(\w+)", lambda match: parts[match[1]], PAGE).encode()
-        page, own_names = self, ("localhost", host, socket.gethostname())
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"  # one connection for many requests
-
-            def log_message(self, *arguments) -> None:
-                pass
-
-            def answer(self, status: int, content: bytes = b"", kind: str = "text/plain") -> None:
-                self.send_response(status)
-                self.send_header("Content-Type", f"{kind}; charset=utf-8")
-                self.send_header("Content-Length", str(len(content)))
-                self.send_header("Cache-Control", "no-store")
-                self.send_header("X-Frame-Options", "DENY")
-                if status >= 400:
-                    self.send_header("Connection", "close")  # its body has not been read
-                self.end_headers()
-                self.wfile.write(content)
-
-            def is_foreign(self) -> bool:
-                """Whether another site sent this, be it under a name of its own that leads here (DNS rebinding)."""
-                address = self.headers.get("Host", "")
-                name = re.sub(r":\d+$", "", address).strip("[]")
-                if name not in own_names and not re.fullmatch(r"[0-9.]+|[0-9a-f]*:[0-9a-f:]+", name):
-                    return True
-                if self.headers.get("Origin") not in (None, f"http://{address}"):
-                    return True
-                by_link = self.path == "/" and self.headers.get("Sec-Fetch-Mode") == "navigate"
-                return self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none") and not by_link
-
-            def do_GET(self) -> None:
-                if self.is_foreign():
-                    self.answer(403, b"This page answers requests of its own only.")
-                elif self.path == "/":
-                    self.answer(200, page.page, "text/html")
-                elif found := re.fullmatch(r"/picture\?after=(\d{1,12})", self.path):
-                    self.answer(200, page.newer_than(int(found[1])), "application/json")
-                else:
-                    self.answer(404, b"Nothing here.")
-
-            def do_POST(self) -> None:
-                if self.is_foreign():
-                    return self.answer(403, b"This page answers requests of its own only.")
-                try:
-                    length = int(self.headers["Content-Length"])
-                    if self.path != "/keys" or not 0 < length < 10_000:
-                        raise ValueError
-                    page.receive(json.loads(self.rfile.read(length)))
-                    self.answer(204)
-                except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-                    self.answer(400, b"Not a message about keys.")
-
-        try:
-            self.server = ThreadingHTTPServer((host, port), Handler)
-        except (OSError, OverflowError, TypeError) as error:
-            raise IrisError(f"can't serve at {host}:{port} ({error}): choose another --port, or --host") from error
-        self.server.handle_error = lambda *_: None  # a browser that hangs up in mid-answer is no news
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        port = self.server.server_port
-        tunnel, name = f"ssh -L {port}:127.0.0.1:{port} THIS_MACHINE", socket.gethostname()
-        shown = name if host == "0.0.0.0" else host
-        print(f"Open http://{shown}:{port} in a browser; from another machine behind {tunnel}", flush=True)
-
-    def newer_than(self, number: int) -> bytes:
-        """The newest picture, as soon as there is one that the browser has not seen; after a second the old one."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.number and self.number != number, timeout=1.0)
-            return json.dumps(self.message).encode()
-
-    def receive(self, message: dict) -> None:
-        tab, count, held = str(message["tab"])[:20], int(message["count"]), message["held"]
-        with self.changed:
-            self.pressed += [key for key in message["pressed"] if key in self.names]
-            if count > self.tabs.get(tab, (0,))[0]:
-                self.tabs[tab] = count, time.perf_counter(), [key for key in held if key in self.names]
-
-    def show(self, panels: list[np.ndarray], header: list[str], notice: str) -> None:
-        _, png = cv2.imencode(".png", paint(panels, [])[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
-        picture = "data:image/png;base64," + base64.b64encode(png).decode()
-        self.publish({"picture": picture, "header": header, "notice": notice})
-
-    def publish(self, message: dict) -> None:
-        with self.changed:
-            self.number += 1
-            self.message = {"number": self.number, "over": False, **message}
-            self.changed.notify_all()
-
-    def read(self, deadline: float) -> tuple[list[str], list[str]]:
-        time.sleep(max(0.0, deadline - time.perf_counter()))
-        with self.changed:
-            pressed, self.pressed, alive = self.pressed, [], time.perf_counter() - self.HELD_FOR
-            self.tabs = {tab: state for tab, state in self.tabs.items() if state[1] > alive}
-            held = [key for _, _, keys in self.tabs.values() for key in keys]
-        return pressed, held + [key for key in pressed if key not in held]  # a tap counts for a step
-
-    def close(self) -> None:
-        self.publish({"over": True, "notice": "Stopped. Start iris_play.py again to go on."})
-        time.sleep(0.2)  # for the tabs to hear of it
-        self.server.shutdown()
-        self.server.server_close()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Recordings
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Recording:
-    """Steps that are being kept: a video as it goes, and in the end the columns that a run's own episodes have too."""
-
-    def __init__(self, folder: Path, fps: float):
-        now = time.time()
-        name = time.strftime("%Y%m%d_%H%M%S", time.localtime(now)) + f"_{int(now % 1 * 1000):03d}.npz"
-        self.path = folder / "media/recordings" / name
-        self.video, self.steps = Video(str(self.path.with_suffix(".mp4")), fps, header=True), []
-        print(f"Recording {self.path}", flush=True)
-
-    def add(self, before: View, after: View, header: list[str]) -> None:
-        """A step, and the picture that it began with."""
-        self.video.show(before.panels, header, "")
-        self.steps.append((before.frame, after.action, after.reward, after.end))
-
-    def cut(self) -> None:
-        """What comes next does not follow from what was."""
-        if self.steps:
-            self.steps[-1] = *self.steps[-1][:3], True
-
-    def close(self, keep: bool = True) -> None:
-        keep = keep and len(self.steps) > 0
-        if keep:
-            frames, actions, rewards, ends = (np.array(column) for column in zip(*self.steps, strict=True))
-            columns = {"frames": frames, "actions": actions, "rewards": np.float32(rewards), "ends": np.uint8(ends)}
-            try:
-                columns["return"] = float(rewards.sum())
-                write_file(self.path, lambda file: np.savez_compressed(file, **columns))
-            except OSError as error:
-                raise IrisError(f"can't write {self.path}: {error.strerror}") from error
-        self.video.close(keep)
-        if keep:
-            print(f"{self.path}: {len(frames)} steps, return {rewards.sum():g}", flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------------
-
-COMMANDS = {
-    "enter": "start anew", ".": "pause", "e": "a step, while paused", "m": "hand over", ",": "record", "q": "quit",
-}  # fmt: skip
-STEPPING = {"left", "right", "up", "down"}  # commands of a world after which it should stand still
-
-
-def play(
-    world, controllers: list, screen, names: list[str], folder: Path, fps: float, save: bool = False, steps: int = 0,
-    episodes: int = 0,
-) -> None:  # fmt: skip
-    """Shows the world and steps it with the actions of the controller in charge, at first the first one, until `q`, or
-    until so many steps or episodes have been played (0 is any number). All controllers see everything, so that `m` can
-    hand over at any moment. Recordings go to folder/media/recordings; with `save`, each episode, if the answer is yes.
-    """
-    view, is_new, in_charge, paused, recording, asking = world.reset(), True, 0, False, None, False
-    played, ended, playing, computing = 0, 0, 0.0, 0.0  # steps, episodes, and the seconds that the steps took
-    deadline, trouble = time.perf_counter(), ""
+KEYS = {"left": "LEFT", "right": "RIGHT", "up": "UP", "down": "DOWN", "space": "FIRE",
+        "a": "LEFT", "d": "RIGHT", "w": "UP", "s": "DOWN", **{digit: digit for digit in "0123456789"}}  # fmt: skip
+WORDS = re.compile(r"UP|DOWN|LEFT|RIGHT|FIRE|\d+")
+
+
+def choose(names: list[str], held: list[str]) -> int:
+    """The keys held, oldest first -> of the actions whose every word is held the one with most words, and among equals
+    the one with the newest keys. With nothing held that is NOOP, or the first action."""
+    wanted = list(dict.fromkeys(KEYS[key] for key in held if key in KEYS))
+    ages = [[wanted.index(word) if word in wanted else -1 for word in WORDS.findall(name)] for name in names]
+    possible = [action for action in range(len(names)) if -1 not in ages[action]]
+    return max(possible, key=lambda action: (len(ages[action]), sorted(ages[action], reverse=True)), default=0)
+
+
+def think(agent: Agent, moment: Moment, device: torch.device) -> None:
+    """Fills in what the agent computes, once for each moment. The policy sees decoded tokens [paper]."""
+    if moment.logits is None:
+        if moment.seen is None:  # a real frame
+            moment.tokens = agent.tokenizer.encode(to_model(torch.from_numpy(moment.frame)[None].to(device)))
+            moment.seen = agent.tokenizer.decode(moment.tokens)
+        state = moment.state or agent.actor_critic.initial_state(1)
+        moment.logits, value, moment.state = agent.actor_critic(moment.seen, state)
+        moment.value = value.item()
+
+
+# --- The loop ---------------------------------------------------------------------------------------------------------
+def play(world: World, agent: Agent | None, screen, names: list[str], args: Args, folder: Path, who: str = "agent",
+         episodes: int = 0) -> None:  # fmt: skip
+    """Shows the world, and steps it with the actions of who is in charge, "you" or "agent"; until `q`, or args.steps
+    steps, or so many episodes (0 is any number). Recordings go to folder/media/recordings. Raises IrisError."""
+    world.reset()
+    paused, stepped, recording, trouble, fps, played, returns = False, False, None, "", args.fps, 0, []
+    keys = ["enter", *".e,-+q", *"m" * bool(agent and not args.episodes)]
+    history: deque = deque(maxlen=100)  # value, reward and drift of the latest steps
+    began = deadline = time.perf_counter()
     try:
         while True:
-            began, stepped = time.perf_counter(), False
-            # Look, and show.
-            if is_new:
-                thoughts = [thought for controller in controllers if (thought := controller.look(view))]
-            if save and recording is None and not view.end:
-                recording = Recording(folder, fps)
-            action = "-" if view.action is None else dict(enumerate(names)).get(view.action, view.action)
-            who = "over" if view.end else view.label or controllers[in_charge].name
-            line = f"step {view.step}   action {action}   reward {view.reward:g}   return {view.total:g}   {who}"
-            header = [line, *thoughts]
-            notices = ["paused"] * paused + ["recording"] * bool(recording) + ["Keep this episode?   y / n"] * asking
-            notices += [trouble] * bool(trouble)
-            screen.show(view.panels, header, "   ".join(notices))
-            if (steps and played == steps) or (episodes and ended == episodes):
+            # Look. With --human the agent is computed only where it plays, or where there is a dream.
+            moment = world.now
+            if agent and (who == "agent" or not args.human or world.place != "game"):
+                think(agent, moment, world.device)
+            policy = None if moment.logits is None else moment.logits / max(args.temperature, 1e-6)  # (1, A)
+
+            # Show.
+            panels, drift = world.panels(), world.drift()
+            if stepped:
+                history.append((moment.value, moment.reward, drift and drift[1]))
+            screen.show(panels, {
+                "place": world.place, "who": who, "names": names, "step": moment.step, "return": moment.total,
+                "action": moment.action, "reward": moment.reward, "end": world.ended, "value": moment.value,
+                "policy": None if policy is None else policy[0].softmax(dim=0).tolist(), "drift": drift, "fps": fps,
+                "traces": list(zip(*history)), "paused": paused, "recording": bool(recording), "trouble": trouble,
+                "keys": [*keys, *world.commands],
+            })  # fmt: skip
+            if (args.steps and played == args.steps) or (episodes and len(returns) == episodes):
                 break
 
-            # Read what the person wants.
-            waited = time.perf_counter()
+            # Read the keys.
             pressed, held = screen.read(deadline)
-            waited = time.perf_counter() - waited
-            deadline, is_new = max(deadline, time.perf_counter()) + 1 / fps, False
+            deadline, stepped = max(deadline, time.perf_counter()) + 1 / fps, False
             if "q" in pressed:
                 break
-            if asking:
-                if answers := {"y", "n"} & set(pressed):
-                    recording, asking = recording.close(keep="y" in answers), False
-                    view, is_new = world.reset(), True
-                continue
             paused ^= "." in pressed
-            in_charge = (in_charge + ("m" in pressed)) % len(controllers)
-            if "," in pressed and not save:
+            fps = min(240.0, max(1.0, fps * 1.5 ** (("+" in pressed) + ("=" in pressed) - ("-" in pressed))))
+            if "m" in pressed and "m" in keys:
+                who = "you" if who == "agent" else "agent"
+            if "," in pressed:
+                old, recording, trouble = recording, None, ""
                 try:
-                    old, recording = recording, None
-                    recording = old.close() if old else Recording(folder, fps)
-                    trouble = ""
+                    if old:
+                        screen.recorded = old.close() or screen.recorded
+                    else:
+                        recording = Video(folder / time.strftime("media/recordings/%Y%m%d_%H%M%S.webm"), fps)
                 except IrisError as error:  # a game goes on even if the disk is full
                     trouble = str(error)
 
             # Act.
             if asked := [key for key in pressed if key in world.commands]:
-                view, is_new = world.commands[asked[0]][1](), True
-                paused |= asked[0] in STEPPING
+                world.commands[asked[0]]()
+                paused |= asked[0] in ("left", "right", "up", "down")
+            elif "enter" in pressed:
+                world.reset()
+            elif world.ended and not paused:
+                world.go_on()
+            elif not world.ended and (not paused or "e" in pressed):
                 if recording:
-                    recording.cut()
-            elif "enter" in pressed or (view.end and not paused):
-                asking = save and bool(recording.steps)
-                if not asking:
-                    view, is_new = world.reset(), True
-                    if recording:
-                        recording.cut()
-            elif not view.end and (not paused or "e" in pressed):
-                before, view, is_new = view, world.step(controllers[in_charge].choose(held)), True
-                played, stepped = played + 1, True
-                if recording:
-                    recording.add(before, view, header)
-                if view.end:
-                    ended += 1
-                    print(f"Episode {ended}: {view.step} steps, return {view.total:g}", flush=True)
-            if stepped:
-                seconds = time.perf_counter() - began
-                playing, computing = playing + seconds, computing + seconds - waited
+                    recording.show(panels)
+                world.step(int(sample(policy)) if who == "agent" and policy is not None else choose(names, held))
+                stepped, played = True, played + 1
+                returns += [world.now.total] if world.now.end else []
     finally:  # also when stopped with Ctrl-C: what was recorded is kept
         if recording:
             recording.close()
         screen.close()
-        if played:
-            print(
-                f"{played} steps, {played / playing:.1f} a second of {fps:g} asked for; a step takes "
-                f"{1000 * computing / played:.0f} ms, which would do for {played / computing:.0f} a second"
-            )
+        print(f"{played} steps, {played / (time.perf_counter() - began):.1f} a second; {len(returns)} episodes"
+              + (f" of mean return {np.mean(returns):g}" if returns else ""))  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation (paper, section 3.1)
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# --- Evaluation [paper, section 3.1] ----------------------------------------------------------------------------------
 def published_scores(env_id: str) -> dict[str, float]:
     """Method -> mean return in that game, from results/published_scores.csv; empty where there is none."""
     path = Path(__file__).parent / "results" / "published_scores.csv"
@@ -839,100 +305,492 @@ def human_normalised(env_id: str, mean_return: float) -> float | None:
     return (mean_return - scores["random"]) / (scores["human"] - scores["random"]) if scores else None
 
 
-def evaluate(agent: Agent, train_args: iris_train.Args, args: Args, device: torch.device, checkpoint: Path) -> None:
+def evaluate(agent: Agent, settings: iris_train.Args, args: Args, device: torch.device, checkpoint: Path) -> None:
     """Plays whole test games, at most 16 side by side, and prints what they returned."""
-    if args.json:
-        try:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            open(args.json, "a").close()
-        except OSError as error:
-            raise IrisError(f"can't write {args.json}: {error.strerror}") from error
-    settings = replace(
-        train_args, test_episodes=args.evaluate, test_envs=min(16, args.evaluate), test_temperature=args.temperature
-    )
-    began = time.perf_counter()
-    games = play_test_episodes(agent, settings, device, args.seed, keep=0)
-    seconds, returns = time.perf_counter() - began, np.array([game["return"] for game in games])
-    spread = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else None
-    published = published_scores(train_args.env_id)
-    score = human_normalised(train_args.env_id, returns.mean())
+    settings.test_episodes, settings.test_envs = args.evaluate, min(16, args.evaluate)
+    settings.test_temperature, env_id = args.temperature, settings.env_id
+    games = iris_train.play_test_episodes(agent, settings, device, args.seed, keep=0)
+    returns, n = np.array([game["return"] for game in games]), len(games)
     statistics = {
-        "mean": returns.mean(), "standard_error": spread, "median": np.median(returns), "min": returns.min(),
-        "max": returns.max(), "human_normalised": score, "paper": published.get("iris"),
+        "mean": returns.mean(), "standard_error": returns.std(ddof=1) / n**0.5 if n > 1 else None,
+        "median": np.median(returns), "min": returns.min(), "max": returns.max(),
+        "human_normalised": human_normalised(env_id, returns.mean()), "paper": published_scores(env_id).get("iris"),
     }  # fmt: skip
-    statistics = {name: None if value is None else float(value) for name, value in statistics.items()}
-    steps = sum(game["length"] for game in games)
-    print(f"{train_args.env_id}: {len(games)} test episodes, {steps} steps, in {seconds:.0f} s")
+    print(f"{env_id}: {n} test episodes, {sum(game['length'] for game in games)} steps")
     for name, value in statistics.items():
-        if value is not None:
-            print(f"  {name.replace('_', ' '):17}{value:9.2f}")
-    if published:
-        print(f"  (Human-normalised: 0 is a random player's {published['random']}, 1 a human's {published['human']}.)")
+        print(f"  {name.replace('_', ' '):17}{'-' if value is None else format(value, '.2f'):>9}")
     if args.json:
-        how = {"temperature": str(args.temperature), "seed": args.seed, "returns": returns.tolist()}
-        what = {"env_id": train_args.env_id, "checkpoint": str(checkpoint), "episodes": len(games)}
-        Path(args.json).write_text(json.dumps(what | statistics | how, indent=2) + "\n")
+        how = {"env_id": env_id, "checkpoint": str(checkpoint), "episodes": n, "temperature": str(args.temperature)}
+        result = how | statistics | {"seed": args.seed, "returns": returns.tolist()}
+        write(Path(args.json), json.dumps(result, indent=2).encode() + b"\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Video files ------------------------------------------------------------------------------------------------------
+def paint(panels: list[tuple], height: int) -> np.ndarray:
+    """Panels side by side, each magnified by a whole number to at most a height -> (height + 24, W, 3) uint8."""
+    columns = []
+    for title, picture, _ in panels:
+        times = max(1, height // picture.shape[0])
+        picture = picture.repeat(times, axis=0).repeat(times, axis=1)
+        right = 8 - picture.shape[1] % 8  # codecs need even numbers
+        columns.append(np.pad(picture, ((24, max(0, height - picture.shape[0])), (0, right), (0, 0))))
+        cv2.putText(columns[-1], title, (2, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (230, 230, 230), 1, cv2.LINE_AA)
+    return np.concatenate(columns, axis=1)
+
+
+class Video:
+    """A screen that is a file: each step once, as fast as they come. Browsers play .webm (VP8); an .mp4 (MPEG-4 Part 2)
+    is for other programs. It is written beside its place, read back, and renamed: a file of this name is whole."""
+
+    def __init__(self, path: Path, fps: float):
+        self.path, self.beside, self.fps = path, path.with_name("." + path.name), fps
+        self.pictures, self.writer, self.count = [], None, 0
+        write(self.beside, b"")  # says before anything is played if there can be no file
+
+    def show(self, panels: list[tuple], status: dict | None = None) -> None:
+        code, self.count = {".webm": "VP80", ".mp4": "mp4v"}.get(self.path.suffix), self.count + 1
+        picture = np.ascontiguousarray(paint(panels, 448 if code else 256)[..., ::-1])
+        if not code:
+            return self.pictures.append(picture)
+        if not self.writer:
+            self.size, stderr = picture.shape[1::-1], os.dup(2)
+            with open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), 2)  # OpenCV complains about the name of VP8, and then takes it
+            self.writer = cv2.VideoWriter(str(self.beside), cv2.VideoWriter_fourcc(*code), self.fps, self.size)
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        self.writer.write(cv2.resize(picture, self.size))  # it changes where the number of panels does
+
+    def read(self, deadline: float) -> tuple[list[str], list[str]]:
+        return [], []
+
+    def close(self) -> Path | None:
+        """None if nothing was shown. Raises IrisError if the file is not whole."""
+        whole = True
+        if self.pictures:
+            times = np.round(np.arange(self.count + 1) * 100 / self.fps) * 10  # a GIF counts hundredths of a second
+            animation = cv2.Animation()
+            animation.frames, animation.durations = self.pictures, np.diff(times).astype(np.int32)
+            _, content = cv2.imencodeanimation(self.path.suffix, animation, [cv2.IMWRITE_GIF_QUALITY, 1])
+            self.beside.unlink()
+            write(self.path, content.tobytes())
+        elif self.writer:
+            self.writer.release()
+            whole = sum(iter(cv2.VideoCapture(str(self.beside)).grab, False)) == self.count
+            if whole:
+                self.beside.replace(self.path)
+        self.beside.unlink(missing_ok=True)
+        if not whole:
+            raise IrisError(f"can't write {self.path} whole: is the disk full?")
+        if self.count:
+            print(f"{self.path}: {self.count} frames", flush=True)
+        return self.path if self.count else None
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><link rel=icon href="data:,"><title>IRIS</title>
+<meta name=viewport content="width=device-width, initial-scale=1">
+<style>
+:root { color-scheme: light dark; --text: light-dark(#1c2128, #e6e9ee); --soft: light-dark(#57606a, #9aa4b0);
+  --card: light-dark(#fff, #191d23); --line: light-dark(#d0d5dc, #2f363f); --main: light-dark(#0b62c4, #62a8ff) }
+* { box-sizing: border-box; margin: 0 } [hidden] { display: none !important } header { display: flex; gap: 0 16px }
+body { display: grid; grid: "head head" auto "main side" 1fr "bar bar" auto / minmax(0, 1fr) 312px; gap: 8px;
+  padding: 8px 12px; height: 100dvh; overflow: hidden; font: 15px/1.35 system-ui, sans-serif; color: var(--text);
+  background: light-dark(#eef0f3, #0f1216) } header { grid-area: head; align-items: baseline }
+h1 { font-size: 18px; flex: none; max-width: 100% }
+#notice { color: light-dark(#b34700, #ffb454); font-weight: 600 } #about { flex: 1 } #about, dt { color: var(--soft) }
+main { grid-area: main; container-type: size; display: flex; gap: 0 16px; flex-wrap: wrap; place-content: center }
+/* A pixel of a picture, whose height is --pixels of them, takes a whole number of the screen's pixels. */
+.frame { position: relative; aspect-ratio: var(--ratio); height: max(var(--pixels), round(down,
+  min(100cqh - 26px, (100cqw - 32px) / var(--ratios)), var(--pixels))) } img { image-rendering: pixelated }
+.frame > * { position: absolute; inset: 0; width: 100%; height: 100% } .note { background: var(--card); padding: 9% }
+figcaption { height: 26px; contain: inline-size; overflow: hidden; white-space: nowrap; font-weight: 600 }
+.tokens { display: grid; grid: auto-flow 1fr / repeat(var(--side), 1fr); font-size: 14px; text-shadow: 0 0 3px #000 }
+.tokens b { border: 1px solid #fff4; padding: 0 4px; overflow: hidden; color: #fff }
+.tokens .on { border: 3px solid #ffd60a; padding: 0 2px; background: #ffd60a30 }
+aside { grid-area: side; display: flex; flex-direction: column; gap: 8px; min-height: 0 } h2 b { color: var(--text) }
+section, button, b[id], a { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 6px }
+h2 { font-size: 14px; display: flex; justify-content: space-between; color: var(--soft) } dd { font-weight: 600 }
+dl { display: grid; grid-template-columns: auto 1fr auto 1fr; gap: 2px 10px; white-space: nowrap }
+#shares { display: grid; grid-template-columns: auto 1fr auto; gap: 2px 8px; align-items: center; font-size: 14px }
+#shares .on { color: var(--main); font-weight: 600 } .many { line-height: 1.15 } video { width: 100%; height: 120px }
+aside:has(.many) :is(#rewards, #keys) { display: none } #pad b { display: grid; place-items: center }
+s { height: 11px; background: linear-gradient(var(--main) 0 0) 0 / var(--share) no-repeat, var(--line) }
+svg { width: 100%; height: 56px; display: block; fill: none; stroke: var(--main); stroke-width: 2 }
+nav { grid-area: bar; display: flex; flex-wrap: wrap; gap: 6px; justify-content: center }
+button, a { font: inherit; font-size: 14px; color: var(--text); text-decoration: none; white-space: nowrap }
+section { padding: 6px 11px } nav button::before { content: attr(value); margin-right: 7px; font-family: monospace }
+[aria-pressed=true], #pad .on { background: var(--main); color: light-dark(#fff, #0f1216) }
+#pad { grid-area: pad; display: none; justify-content: space-between; touch-action: none; user-select: none }
+#pad b:empty { opacity: 0 } #cross { display: grid; grid: repeat(3, 42px) / repeat(3, 42px) }
+@media (pointer: coarse) { #pad { display: flex } nav button::before, #keys { display: none } }
+@media (max-width: 800px) and (orientation: portrait) {
+  body { grid: "head" auto "main" 1fr "side" auto "pad" auto "bar" auto / minmax(0, 1fr); gap: 5px; padding: 5px }
+  header { flex-wrap: wrap } aside { display: grid; grid: auto / 1fr 1fr; gap: 5px } section { padding: 3px 8px }
+  #about, #rewards, #keys, #policy:has(.many), aside:has(#drifts:not([hidden])) #policy { display: none }
+  dl { grid-template-columns: repeat(3, auto 1fr); gap: 0 6px } section:has(dl) { grid-column: 1 / 3; font-size: 14px }
+  nav button { padding: 4px 6px; flex: 1 } .tokens b { color: #0000; text-shadow: none }
+}
+@media (max-height: 520px) {
+  #policy, #rewards, #drifts, #keys { display: none } #pad { position: fixed; inset: auto 8px 80px; opacity: .7 }
+}
+</style>
+<header><h1 id=title>IRIS</h1><span id=about></span><span id=notice role=status>Connecting</span></header> <main></main>
+<aside><section><dl id=facts></dl></section> <section id=policy><h2>Policy</h2><div id=shares></div></section>
+<section id=values></section> <section id=rewards></section> <section id=drifts></section>
+<section id=keys><h2>Keys</h2><span id=help></span></section> <section id=recorded hidden>
+<h2>Recording <a id=download download>download</a></h2><video id=clip controls preload=auto></video></section></aside>
+<div id=pad><div id=cross></div><b id=space>FIRE</b></div> <nav id=bar></nav>
+<script>
+const el = (id) => document.getElementById(id), tab = Math.random().toString(36), buttons = {}, down = {};
+const nameOf = (event) => event.key.toLowerCase().replace("arrow", "").replace(" ", "space");
+let count = 0, latest = null, tokensShown = false;
+document.querySelector("main").innerHTML = `<figure><figcaption></figcaption><div class=frame><img alt="">
+  <div class=tokens></div><div class=note></div></div></figure>`.repeat(3);
+const arms = {"up left": "", up: "&#x25B4;", "up right": "", left: "&#x25C2;", "": "", right: "&#x25B8;",
+  "down left": "", down: "&#x25BE;", "down right": ""};
+el("cross").innerHTML = Object.entries(arms).map(([keys, arrow]) => `<b id="${keys}">${arrow}</b>`).join("");
+
+// --- What the server sends
+function show(message) {
+  latest = message;
+  const {place, who, names, action, paused, recording, policy, traces, drift, file, panels} = message;
+  const where = {game: "the game", dream: "the dream", both: "game and dream"}[place];
+  const marks = {paused, recording, "the end": message.end, [message.trouble]: true, [message.warning]: true};
+  const notice = Object.keys(marks).filter((text) => text && marks[text]).join(" · ");
+  const texts = {title: `IRIS: ${message.game}, ${where}`, about: message.about, help: message.help, notice};
+  for (const id in texts) el(id).textContent = texts[id];
+  const facts = {Step: message.step, Return: message.return, Plays: who, Action: names[action] ?? "-",
+    Reward: message.reward, Speed: message.fps.toFixed(0)};
+  el("facts").innerHTML = Object.entries(facts).map(([name, fact]) => `<dt>${name}<dd>${fact}`).join("");
+  el("policy").hidden = !policy;
+  el("shares").className = names.length > 9 ? "many" : "";
+  el("shares").innerHTML = (policy ?? []).map((share, i) => `<span class=${i == action && "on"}>${names[i]}</span>
+    <s style="--share: ${100 * share}%"></s><span>${Math.round(100 * share)}%</span>`).join("");
+  trace("values", "Value", traces[0], message.value?.toFixed(2));
+  trace("rewards", "Reward", traces[1], message.reward);
+  trace("drifts", "Error", traces[2], drift && `${drift[1].toFixed(3)}, step ${drift[0]}`);
+  el("recorded").hidden = !file;
+  if (file && !el("clip").src.endsWith(file)) el("clip").src = el("download").href = file;
+  document.querySelectorAll("figure").forEach((figure, i) => {
+    figure.hidden = !panels[i];
+    if (panels[i]) showPanel(panels[i], figure.children[0], figure.children[1]);
+  });
+  document.body.style = `--ratios: ${panels.reduce((sum, panel) => sum + panel.width / panel.height, 0)}`;
+  const dreams = {game: "into the dream", dream: "back to game", both: "dream anew"};
+  const labels = {m: who == "you" ? "agent" : "take over", t: dreams[place], enter: "restart", e: "one step",
+    ".": paused ? "resume" : "pause", ",": recording ? "stop" : "record",
+    n: "next", p: "previous", h: "start", left: "1 back", right: "1 on", down: "10 back", up: "10 on", g: "tokens",
+    "-": "slower", "+": "faster", f: "full screen", q: "quit"};
+  const on = {".": paused, ",": recording, g: tokensShown, f: document.fullscreenElement, t: place == "dream"};
+  for (const key of Object.keys(labels).filter((key) => ["g", "f", ...message.keys].includes(key))) {
+    buttons[key] ??= el("bar").appendChild(document.createElement("button"));
+    Object.assign(buttons[key], {value: key, textContent: labels[key], ariaPressed: !!on[key]});
+  }
+}
+function showPanel(panel, title, frame) {
+  const [image, tokens, note] = frame.children, noise = latest.noise[panel.title];
+  frame.style = `--pixels: ${panel.height / devicePixelRatio}px; --ratio: ${panel.width} / ${panel.height}`;
+  title.textContent = panel.title;
+  image.src = panel.png;
+  Object.assign(note, {hidden: !noise, textContent: noise});
+  Object.assign(tokens, {hidden: !tokensShown, style: `--side: ${Math.sqrt(panel.tokens.length)}`});
+  tokens.innerHTML = panel.tokens.map((token, i) => `<b class=${panel.changed[i] && "on"}>${token}</b>`).join("");
+}
+function trace(id, title, values, text) {
+  const known = (values ?? []).map((value) => value ?? 0), low = Math.min(0, ...known);
+  const high = Math.max(low + 0.01, ...known);
+  const points = known.map((value, i) => `${i},${37 - 34 * (value - low) / (high - low)}`).join(" ");
+  el(id).hidden = (text ?? null) === null;
+  el(id).innerHTML = `<h2>${title}<b>${text}</b></h2><svg viewBox="0 0 100 40" preserveAspectRatio=none>
+    <polyline vector-effect=non-scaling-stroke points="${points}" /></svg>`;
+}
+const events = new EventSource("/pictures");  // connects again by itself
+events.onerror = () => el("notice").textContent = "No connection: iris_play.py has stopped, or the line is broken";
+events.onmessage = (event) => show(JSON.parse(event.data));
+
+// --- What the player does. Over a slow line messages may change order: each has a number, and older ones are ignored.
+const send = (pressed) => fetch("/keys", {method: "POST", keepalive: true,
+  body: JSON.stringify({tab, count: ++count, pressed, held: Object.values(down).flat()})}).catch(() => {});
+setInterval(() => Object.keys(down).length && send([]), 300);  // "still held": without it, a key is let go
+function hold(place, keys) {  // `place` is a physical key, or a part of the pad
+  if (!keys.length == !down[place]) return;
+  keys.length ? down[place] = keys : delete down[place];
+  send(keys);
+}
+function press(key) {
+  if (key == "g") tokensShown = !tokensShown;
+  else if (key == "f") document.fullscreenElement ? document.exitFullscreen() : document.body.requestFullscreen();
+  else send([key]);
+  show(latest);
+}
+for (const type of ["pointerdown", "pointerover", "pointerup", "pointerout", "pointercancel"])
+  el("pad").addEventListener(type, ({target, buttons, pointerId}) => {
+    const on = buttons > 0 && ["pointerdown", "pointerover"].includes(type) && target.tagName == "B";
+    if (target.hasPointerCapture(pointerId)) target.releasePointerCapture(pointerId);  // a finger may slide on
+    target.classList.toggle("on", on);
+    hold(target.id, on ? target.id.split(" ") : []);
+  });
+for (const type of ["blur", "visibilitychange"])
+  addEventListener(type, () => Object.keys(down).forEach((place) => hold(place, [])));
+addEventListener("keydown", (event) => {
+  const key = nameOf(event), isAction = /^(left|right|up|down|space|[wasd0-9])$/.test(key);
+  const onButton = "BUTTON A VIDEO".includes(document.activeElement.tagName) && ["enter", "space"].includes(key);
+  if (event.ctrlKey || event.metaKey || event.altKey || onButton || !(isAction || buttons[key] || key == "=")) return;
+  event.preventDefault();
+  if (!event.repeat) isAction ? hold(event.code || key, [key]) : press(key);
+});
+addEventListener("keyup", (event) => hold(event.code || nameOf(event), []));
+el("bar").onclick = ({target, detail}) => {
+  if (target.value) press(target.value);
+  if (detail) target.blur();  // after the mouse, Enter and space belong to the game again
+};
+</script>"""
+
+
+class Page:
+    """A screen in the browser. The server pushes a message for each picture; a tab tells of each key pressed or let go.
+
+    Any site that you visit may send requests to 127.0.0.1, so those from another origin, or for another name (DNS
+    rebinding), are refused."""
+
+    def __init__(self, host: str, port: int, fixed: dict):
+        """Serves at the first free port from `port` on, and waits for the first visitor. Raises IrisError."""
+        self.fixed, self.message, self.number, self.changed = fixed, "{}", 0, threading.Condition()
+        self.tabs: dict[str, tuple[int, float, list[str]]] = {}  # number and time of its latest message, keys held
+        self.pressed, self.recorded, self.visited, name = [], None, threading.Event(), socket.gethostname()
+        family, own, listener = socket.AF_INET6 if ":" in host else socket.AF_INET, port, None
+        while not listener:
+            try:
+                listener = socket.create_server((host, own), family=family, backlog=256)
+            except (OSError, OverflowError) as error:
+                if "in use" not in str(error):
+                    raise IrisError(f"can't serve at {host}:{own} ({error}): choose another --host, --port") from error
+                own += 1
+        # A request that is half sent after 10 seconds is dropped.
+        handler = type("Handler", (WSGIRequestHandler,), {"timeout": 10, "log": lambda *_: None})
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32_768)  # a slow line leaves pictures out
+        self.hosts, own = {host, name, "localhost"}, listener.getsockname()[1]
+        self.server = make_server(host, own, self.respond, True, request_handler=handler, fd=listener.fileno())
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        address = f"http://{name if host in ('0.0.0.0', '::') else host}:{own}"
+        taken = f" (port {port} is taken)" if port not in (0, own) else ""
+        print(f"Open {address} in a browser{taken}. From elsewhere: ssh -L {own}:127.0.0.1:{own} {name}", flush=True)
+        if {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & {*os.environ} or sys.platform != "linux":
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+        while not self.visited.wait(0.1):
+            pass
+
+    @Request.application
+    def respond(self, request: Request) -> Response:
+        path, own, name = request.path, f"http://{request.host}", re.sub(r":\d+$", "", request.host).strip("[]")
+        is_ours = name in self.hosts or re.fullmatch(r"[\d.]+|[\da-f:]*:[\da-f:]*", name)  # a number can't be rebound
+        by_site = request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and path != "/"
+        if not is_ours or by_site or request.headers.get("Origin", own) != own:
+            return Response("This page answers requests of its own only.", 403)
+        if path == "/":
+            return Response(PAGE, mimetype="text/html", headers={"X-Frame-Options": "DENY"})
+        if path == "/pictures":
+            return Response(self.messages(), mimetype="text/event-stream")
+        if self.recorded and path == f"/{self.recorded.name}":
+            return send_file(self.recorded, request.environ)
+        if path != "/keys":
+            return Response("There is nothing here.", 404)
+        request.max_content_length = 10_000
+        try:
+            message = json.loads(request.get_data())
+            tab, count, pressed, held = (message[name] for name in ("tab", "count", "pressed", "held"))
+            with self.changed:
+                if int(count) > self.tabs.get(str(tab), (0,))[0]:
+                    self.tabs[str(tab)] = int(count), time.perf_counter(), [*map(str, held)]
+                self.pressed += map(str, pressed)
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            return Response("This is no message about keys.", 400)
+        return Response(status=204)
+
+    def messages(self) -> Iterator[str]:
+        """The newest message, as soon as there is another; after 5 seconds the same one, which shows who has left."""
+        number = 0
+        self.visited.set()
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.number != number, timeout=5)
+                number, message = self.number, self.message
+            yield f"data: {message}\n\n"
+
+    def show(self, panels: list[tuple], status: dict) -> None:
+        pictures = []
+        for title, picture, moment in panels:
+            png = base64.b64encode(cv2.imencode(".png", picture[..., ::-1])[1]).decode()
+            tokens, before = ([] if x is None else x[0].tolist() for x in (moment.tokens, moment.before))
+            changed, (height, width, _) = [new != old for new, old in zip(tokens, before)], picture.shape
+            pictures.append({"title": title, "png": "data:image/png;base64," + png, "height": height, "width": width,
+                             "tokens": tokens, "changed": changed})  # fmt: skip
+        status |= {"panels": pictures, "file": self.recorded.name if self.recorded else ""}
+        with self.changed:
+            self.message, self.number = json.dumps(self.fixed | status), self.number + 1
+            self.changed.notify_all()
+
+    def read(self, deadline: float) -> tuple[list[str], list[str]]:
+        """Waits -> keys pressed since the last call, and keys held now. A tap counts for a step."""
+        time.sleep(max(0.0, deadline - time.perf_counter()))
+        alive = time.perf_counter() - 1.5  # a tab may have been closed, or the line broken, with a key held
+        with self.changed:
+            self.tabs = {tab: state for tab, state in self.tabs.items() if state[1] > alive}
+            pressed, self.pressed, held = self.pressed, [], [key for *_, keys in self.tabs.values() for key in keys]
+        return pressed, held + [key for key in pressed if key not in held]
+
+    def close(self) -> None:
+        self.server.shutdown()
+
+
+# --- Skip on first reading: recorded episodes, files, start-up --------------------------------------------------------
+class Recorded:
+    """The episodes in media/episodes/{test,train,imagination}, as an environment that doesn't heed the action."""
+
+    def __init__(self, folder: Path):
+        kinds = "test", "train", "imagination"
+        self.paths, self.number = [path for kind in kinds for path in sorted(folder.glob(f"{kind}/*.npz"))], 0
+        if not self.paths:
+            raise IrisError(f"there are no recorded episodes in {folder.resolve()}: evaluations record some")
+
+    def reset(self, seed: int) -> tuple[np.ndarray, dict]:
+        path = self.paths[self.number % len(self.paths)]
+        try:
+            with np.load(path) as file:
+                self.frames, self.actions, self.rewards = file["frames"], file["actions"], file["rewards"]
+        except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for a damaged file
+            raise IrisError(f"{path} can't be read ({error}): move it away") from error
+        self.title, self.at, self.screen = f"{path.parent.name}/{path.stem}", 0, self.frames[0]
+        return self.screen, {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """After the last step there is no frame: the one before stays."""
+        self.at, last = self.at + 1, self.at
+        self.screen = self.frames[min(self.at, len(self.frames) - 1)]
+        end, info = self.at == len(self.frames), {"recorded": int(self.actions[last])}
+        return self.screen, self.rewards[last], end, False, info
+
+    def move(self, world: World, episodes: int, steps: int) -> None:
+        """So many episodes or, in the present one, steps on; 0 and 0 is its start."""
+        target = max(0, world.now.step + steps) if steps else 0
+        if steps <= 0:
+            self.number += episodes
+            world.reset()
+        while world.now.step < target and not world.ended:
+            world.step(0)
+
+
+def write(path: Path, content: bytes) -> None:
+    try:
+        iris_train.write_file(path, lambda file: file.write(content))
+    except OSError as error:
+        raise IrisError(f"can't write {path}: {error.strerror}") from error
+
+
+PRETRAINED_URL = "https://huggingface.co/eloialonso/iris/resolve/main/pretrained_models/{}.pt"
+MODELS = Path(__file__).parent / "results" / "models"
+
+
+def find_checkpoint(args: Args) -> Path | None:
+    """The checkpoint that the arguments speak of; None where a person plays and there is none. Raises IrisError."""
+    if args.pretrained:
+        make_env(f"{args.pretrained}NoFrameskip-v4").close()  # says what was meant if there is no such game
+        path = Path(torch.hub.get_dir(), "checkpoints", "iris", f"{args.pretrained}.pt")
+        url = PRETRAINED_URL.format(args.pretrained)
+        try:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path))
+        except OSError as error:
+            raise IrisError(f"can't fetch it ({error}): put {path.name} (from {url}) into {path.parent}") from error
+        return path
+    if args.checkpoint or args.run_dir:
+        return iris_train.checkpoint_path(args.checkpoint or args.run_dir)
+    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    game = re.sub(r".*[:/]|(NoFrameskip)?-v\d+$", "", args.env_id).lower()
+    models = sorted(MODELS.glob(f"{game or '*'}.pt"), key=lambda path: path.stem == "breakout")
+    if not runs and not models and not args.human:
+        raise IrisError("there is no run under runs/: train one (python iris_train.py --preset laptop), or name a file "
+                        "with --checkpoint, or a game with --pretrained Breakout")  # fmt: skip
+    return [None, *models, *runs][-1]
+
+
+def check(args: Args) -> None:
+    """Raises IrisError for arguments that no mode can have, before anything is loaded."""
+    suffix, numbers = Path(args.video).suffix, (args.evaluate, args.steps, args.seed, args.port)
+    for wrong, text in (
+        (args.agent and not args.world_model, "--agent needs --world-model"),
+        (args.json and not args.evaluate, "--json needs --evaluate"),
+        (args.video and (args.human or args.evaluate), "--video shows the agent: leave out --human and --evaluate"),
+        (args.video and suffix not in (".webm", ".mp4", ".gif", ".webp"),
+         f"--video {args.video}: its name has to end in .webm, .mp4, .gif or .webp"),
+        (args.json and Path(args.json).is_dir(), f"--json {args.json} is a folder"),
+        (suffix in (".gif", ".webp") and (args.steps > 1000 or args.fps > 50), "over 1,000 steps or 50 fps: use .webm"),
+        (not 0.5 <= args.fps <= 1000, f"--fps {args.fps} is not from 0.5 to 1,000"),
+        (not (args.temperature >= 0 <= min(numbers) and max(numbers) < 2**31), "a number is negative, or too large"),
+        (not args.host, "--host is empty, which would be any address: say 0.0.0.0 if that is meant"),
+    ):  # fmt: skip
+        if wrong:
+            raise IrisError(text)
 
 
 def main(args: Args) -> None:
     """Plays. Raises IrisError for what the user can put right."""
     check(args)
-    checkpoint = find_checkpoint(args)
-    agent, train_args = load_agent(checkpoint)
-    train_args.env_id = args.env_id or train_args.env_id
-    train_args.device = args.device
-    device, bf16 = choose_device(train_args)
-    agent.to(device)
+    checkpoint, agent, settings, about, untrained = find_checkpoint(args), None, iris_train.Args(), "no models", {}
+    if checkpoint:
+        content, settings = iris_train.read_checkpoint(checkpoint)
+        agent, _ = iris_train.load_agent(checkpoint)
+        epoch = content.get("epoch")  # a published checkpoint has none
+        about = f"models of {os.path.relpath(checkpoint)}" + (f", epoch {epoch}" if "epoch" in content else "")
+        starts = {name: getattr(settings, f"{name}_from") for name in ("tokenizer", "world_model", "actor_critic")}
+        untrained = {name: f"The {name.replace('_', ' ')} is not trained before epoch {start}"
+                     for name, start in starts.items() if "epoch" in content and epoch < start}  # fmt: skip
+    named, env_id = args.checkpoint or args.run_dir or args.pretrained, args.env_id or settings.env_id
+    if args.human and not named and env_id != settings.env_id:
+        agent, about, untrained = None, "no models", {}  # those of another game, and a person needs none
+    settings.env_id, settings.device = env_id, args.device
+    device, bf16 = iris_train.choose_device(settings)
     torch.manual_seed(args.seed)
-    env = make_env(train_args.env_id, max_frames=train_args.test_max_frames)
-    if env.action_space.n != agent.world_model.num_actions:
-        raise IrisError(
-            f"{checkpoint} knows {agent.world_model.num_actions} actions and {train_args.env_id} has "
-            f"{env.action_space.n}: name its game with --env-id"
-        )
+    env = make_env(env_id, max_frames=settings.test_max_frames)
+    meanings = getattr(env.unwrapped, "get_action_meanings", lambda: map(str, range(env.action_space.n)))
+    names = list(meanings())  # the game's own, such as RIGHTFIRE, or else numbers
+    if agent and len(names) != agent.world_model.num_actions:
+        what = f"{checkpoint} knows {agent.world_model.num_actions} actions and {env_id} has {len(names)}"
+        raise IrisError(f"{what}: name " + ("a checkpoint of this game" if args.env_id else "its game with --env-id"))
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        agent = agent and agent.to(device)
         if args.evaluate:
-            return evaluate(agent, train_args, args, device, checkpoint)
-        # A published checkpoint lies in a cache, where nobody would look for recordings.
-        folder = checkpoint.parent if (checkpoint.parent / "args.json").exists() else Path()
-        names = action_names(env)
-        person, player = Person(names), AgentPlayer(agent, names, args.temperature)
-        if args.episodes:
-            world, controllers = RecordedEpisodes(agent, folder, device, args.reconstruction), [player]
-        else:
-            world = Game(agent, env, device, args.seed, args.reconstruction)
-            world = DreamedGame(agent, world) if args.world_model else world
-            you_play = args.human or (args.world_model and not args.agent and not args.video)
-            controllers = [person, player] if you_play else [player, person]
-        without = ["m"] * (len(controllers) == 1) + [","] * args.save
-        commands = {key: text for key, text in COMMANDS.items() if key not in without}
-        commands |= {key: text for key, (text, _) in world.commands.items()}
-        commands |= {"y": "keep it", "n": "don't keep it"} if args.save else {}
-        keys = list(dict.fromkeys([*MEANINGS, *commands]))
-        help_text = "" if args.episodes else f"Actions: {person.help}"
-        title = f"IRIS: {train_args.env_id}{', the dream' if args.world_model else ''}"
-        steps, episodes = args.steps, 0
+            return evaluate(agent, settings, args, device, checkpoint)
+        print(". ".join([about, *untrained.values()]), flush=True)
+        # Published agents are in a cache, and results/models with the source: nobody would look there for recordings.
+        folder = checkpoint.parent if checkpoint and (checkpoint.parent / "args.json").exists() else Path("runs/played")
+        place = "dream" if args.world_model else "both" if args.compare else "game"
+        recorded = Recorded(folder / "media/episodes") if args.episodes else None
+        world = World(recorded or env, agent, device, args.seed, place, args.reconstruction or args.episodes)
+        if recorded:
+            steps = {"right": 1, "left": -1, "up": 10, "down": -10}
+            moves = {"n": (1, 0), "p": (-1, 0), "h": (0, 0)} | {key: (0, n) for key, n in steps.items()}
+            world.commands |= {key: lambda way=way: recorded.move(world, *way) for key, way in moves.items()}
         if args.video:
-            episodes = 0 if steps else 1
-            steps = steps or (1000 if args.world_model or Path(args.video).suffix != ".mp4" else 0)
-            screen = Video(args.video, args.fps, args.header)
-        else:
-            print(f"{title} ({checkpoint})", help_text, sep="\n")
-            print("Commands: " + "   ".join(f"{key}: {text}" for key, text in commands.items()), flush=True)
-            screen = (
-                Page(args.host, args.port, title, keys, commands, help_text) if args.web
-                else Window(title, keys, args.header)
-            )  # fmt: skip
-        play(world, controllers, screen, names, folder, args.fps, args.save, steps, episodes)
+            endless, episodes = place != "game" or args.video.endswith((".gif", ".webp")), int(not args.steps)
+            args.steps = args.steps or 1000 * endless
+            return play(world, agent, Video(Path(args.video), args.fps), names, args, folder, episodes=episodes)
+        words = dict.fromkeys(word for name in names for word in WORDS.findall(name))
+        keys = [f"{word}: {'/'.join(key for key in KEYS if KEYS[key] == word)}" for word in words]
+        noise = untrained.get("tokenizer", "")
+        page = Page(args.host, args.port, {
+            "game": env_id.removesuffix("NoFrameskip-v4"), "about": about, "help": "   ".join(keys),
+            "warning": ". ".join(untrained.values()),
+            "noise": {"The dream": noise or untrained.get("world_model", ""), "The agent's view": noise},
+        })  # fmt: skip
+        who = "you" if args.human or (args.world_model and not args.agent) else "recorded" if recorded else "agent"
+        play(world, agent, page, names, args, folder, who)
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a cluster's way to say Ctrl-C; a connection that broke
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # Ctrl-C, a cluster's Ctrl-C, a broken connection
         if signal.getsignal(number) == signal.SIG_DFL:  # but not under nohup
             signal.signal(number, signal.default_int_handler)
     try:
