@@ -104,8 +104,15 @@ def animate(above: np.ndarray, below: np.ndarray, path: Path) -> None:
     """Two rows of episodes (N, steps, 64, 64, 3) uint8 -> an animation, 15 steps a second."""
     rows = [np.pad(row, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255) for row in (above, below)]
     steps = np.concatenate([np.concatenate(list(row), axis=2) for row in rows], axis=1)  # (steps, 132, N * 66, 3)
+    pictures = []
+    for step in steps:  # three times as large, with labels on the left
+        picture = np.pad(step.repeat(3, 0).repeat(3, 1), ((0, 0), (78, 0), (0, 0)), constant_values=255)
+        for row, label in enumerate(("game", "dream")):
+            where = 8, 198 * row + 104
+            cv2.putText(picture, label, where, cv2.FONT_HERSHEY_SIMPLEX, 0.65, (0, 0, 0), 1, cv2.LINE_AA)
+        pictures.append(np.ascontiguousarray(picture[..., ::-1]))
     animation = cv2.Animation()
-    animation.frames = [np.ascontiguousarray(step.repeat(3, 0).repeat(3, 1)[..., ::-1]) for step in steps]
+    animation.frames = pictures
     animation.durations = np.full(len(steps), 67, np.int32)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwriteanimation(str(path), animation, [cv2.IMWRITE_WEBP_QUALITY, 80]):

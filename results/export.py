@@ -1,4 +1,5 @@
-"""Makes a small model of a run's checkpoint: arguments and weights in float16, without optimisers and replay.
+"""Makes a small model of a run's checkpoint: arguments and weights in float16, without optimisers and replay. The pixel
+statistics stay float32: in a Breakout run, rounding these changed 16% of all tokens, and rounding the weights none.
 
     python results/export.py runs/... results/models/breakout.pt
 
@@ -27,7 +28,8 @@ def main(options: Options) -> None:
     checkpoint, _ = read_checkpoint(options.run)
     kept = {key: checkpoint[key] for key in ("format", "args", "num_actions", "epoch")}
     kept["args"] = kept["args"] | {"run_dir": "", "init_from": "", "resume": ""}  # paths of this machine
-    weights = {key: w.half() if w.is_floating_point() else w for key, w in checkpoint["agent"].items()}
+    exact = (".mean", ".std")
+    weights = {k: w.half() if w.is_floating_point() and not k.endswith(exact) else w for k, w in checkpoint["agent"].items()}
     write_file(options.model, lambda file: torch.save(kept | {"agent": weights}, file))
     size = options.model.stat().st_size / 1e6
     print(f"{options.model}: {kept['args']['env_id']}, epoch {kept['epoch']}, {size:.1f} MB")

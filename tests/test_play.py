@@ -408,7 +408,7 @@ def test_a_published_checkpoint_plays_in_the_dream(published, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--checkpoint", "/nonexistent.pt"], "there is no checkpoint at /nonexistent.pt"),
+        (["--checkpoint", "/nonexistent.pt"], "no checkpoint can be read at /nonexistent.pt"),
         (["--checkpoint", "{published}", "--env-id", "PongNoFrameskip-v4"], "knows 4 actions and Pong.* has 6"),
         (["--human", "--checkpoint", "{published}", "--env-id", "BoxingNoFrameskip-v4"], "name a checkpoint of this"),
         (["--run-dir", "{run}", "--host", ""], "--host is empty"),

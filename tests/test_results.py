@@ -63,9 +63,10 @@ def test_a_small_model_is_a_checkpoint_like_any_other_with_its_weights_rounded_t
     (agent, args), (small, small_args) = (iris_train.load_agent(tmp_path / x) for x in ("run", "models/counter.pt"))
     assert args.run_dir and small_args == dataclasses.replace(args, run_dir="")
     for (name, weight), other in zip(agent.state_dict().items(), small.state_dict().values(), strict=True):
-        assert torch.equal(weight.half().to(weight.dtype) if weight.is_floating_point() else weight, other), name
+        rounded = weight.is_floating_point() and not name.endswith((".mean", ".std"))
+        assert torch.equal(weight.half().to(weight.dtype) if rounded else weight, other), name
     sizes = [(tmp_path / x).stat().st_size for x in ("models/counter.pt", "run/checkpoint.pt")]
-    assert sizes[0] < sizes[1] / 5
+    assert sizes[0] < sizes[1] / 4
     argv = [*FAST, "--env-id", "Counter-v0", "--run-dir", str(tmp_path / "next"), "--init-from", str(tmp_path / "models/counter.pt")]
     fresh = iris_train.build(iris_train.parse_args(argv)).agent
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), small.parameters(), strict=True))
