@@ -69,7 +69,7 @@ class Args:
     reconstruction: Annotated[bool, Mode] = False  # The game, the same at 64x64, and what the agent sees
     human: Annotated[bool, Mode] = False  # You play the real game: no models are needed, and the agent isn't computed
     episodes: Annotated[bool, Mode] = False  # Shows the run's recorded episodes
-    evaluate: Annotated[int, Mode] = 0  # Plays so many whole test games and prints their statistics
+    evaluate: Annotated[int, Mode] = 0  # Plays this many whole test games and prints their statistics
     agent: bool = False  # With world_model: the agent plays in the dream
     checkpoint: Annotated[str, Source] = ""  # Checkpoint of a run, or a published one named after its game: Breakout.pt
     run_dir: Annotated[str, Source] = ""  # Folder of a run
@@ -78,7 +78,7 @@ class Args:
     host: str = "127.0.0.1"  # Address to serve the page at; any but this one lets others on your network play
     port: int = 8765  # Port to serve at, or the next free one; 0 takes any
     video: str = ""  # No page, but a .webm, .mp4, .gif or .webp: one episode, or --steps
-    steps: int = 0  # Stop after so many steps; a video of a dream, .gif or .webp has 1,000 if nothing is said
+    steps: int = 0  # Stop after this many steps; a video is an episode, but of a dream, .gif or .webp 1,000 at most
     fps: float = 15.0  # Steps a second; 15 is an Atari's own speed
     seed: int = 1  # Seed of the game, the policy and the dream
     temperature: float = 0.5  # Of the policy; 0 is always its likeliest action, inf is random play
@@ -102,7 +102,7 @@ class Moment:
     seen: Tensor | None = None  # (1, 3, 64, 64) in [0, 1], the decoded tokens
     logits: Tensor | None = None  # (1, A) of the policy
     value: float | None = None
-    state: State | None = None  # the LSTM's, before this frame; after it, once logits are there
+    state: State | None = None  # the LSTM's state to start from; `think` replaces it by the one after this frame
 
     def then(self, frame: np.ndarray, action: int, reward: float, end: bool) -> "Moment":
         """The moment after this one. An LSTM that missed a frame starts anew."""
@@ -113,7 +113,7 @@ class Moment:
 class World:
     """The real game, and a dream of it. `place` says which of them is played: "game", "dream", or "both".
 
-    A dream begins with a real frame. From then on the real game is not asked: it waits where it was left."""
+    A dream begins with a real frame. From then on the real game waits where it was left, unless both are played."""
 
     def __init__(self, env, agent: Agent | None, device: torch.device, seed: int, place: str, all_views: bool = False):
         self.env, self.device, self.seed, self.home, self.all_views = env, device, seed, place, all_views
@@ -198,8 +198,8 @@ WORDS = re.compile(r"UP|DOWN|LEFT|RIGHT|FIRE|\d+")
 
 
 def choose(names: list[str], held: list[str]) -> int:
-    """The keys held, oldest first -> of the actions whose every word is held the one with most words, and among equals
-    the one with the newest keys. With nothing held that is NOOP, or the first action."""
+    """The keys held, oldest first -> of the actions whose words are all held the one of most words, and among equals
+    the one of the newest keys. With nothing held that is NOOP, or the first action."""
     wanted = list(dict.fromkeys(KEYS[key] for key in held if key in KEYS))
     ages = [[wanted.index(word) if word in wanted else -1 for word in WORDS.findall(name)] for name in names]
     possible = [action for action in range(len(names)) if -1 not in ages[action]]
@@ -221,7 +221,7 @@ def think(agent: Agent, moment: Moment, device: torch.device) -> None:
 def play(world: World, agent: Agent | None, screen, names: list[str], args: Args, folder: Path, who: str = "agent",
          episodes: int = 0) -> None:  # fmt: skip
     """Shows the world, and steps it with the actions of who is in charge, "you" or "agent"; until `q`, or args.steps
-    steps, or so many episodes (0 is any number). Recordings go to folder/media/recordings. Raises IrisError."""
+    steps, or this many episodes (0 is any number). Recordings go to folder/media/recordings. Raises IrisError."""
     world.reset()
     paused, stepped, recording, trouble, fps, played, returns = False, False, None, "", args.fps, 0, []
     keys = ["enter", *".e,-+q", *"m" * bool(agent and not args.episodes)]
@@ -229,7 +229,7 @@ def play(world: World, agent: Agent | None, screen, names: list[str], args: Args
     began = deadline = time.perf_counter()
     try:
         while True:
-            # Look. With --human the agent is computed only where it plays, or where there is a dream.
+            # Look. With --human, the agent is not computed unless it plays, or a dream is on.
             moment = world.now
             if agent and (who == "agent" or not args.human or world.place != "game"):
                 think(agent, moment, world.device)
@@ -255,7 +255,8 @@ def play(world: World, agent: Agent | None, screen, names: list[str], args: Args
             if "q" in pressed:
                 break
             paused ^= "." in pressed
-            fps = min(240.0, max(1.0, fps * 1.5 ** (("+" in pressed) + ("=" in pressed) - ("-" in pressed))))
+            if faster := ("+" in pressed) + ("=" in pressed) - ("-" in pressed):
+                fps = min(240.0, max(1.0, fps * 1.5**faster))
             if "m" in pressed and "m" in keys:
                 who = "you" if who == "agent" else "agent"
             if "," in pressed:
@@ -265,11 +266,12 @@ def play(world: World, agent: Agent | None, screen, names: list[str], args: Args
                         screen.recorded = old.close() or screen.recorded
                     else:
                         recording = Video(folder / time.strftime("media/recordings/%Y%m%d_%H%M%S.webm"), fps)
+                        recording.show(panels)
                 except IrisError as error:  # a game goes on even if the disk is full
                     trouble = str(error)
 
             # Act.
-            if asked := [key for key in pressed if key in world.commands]:
+            if asked := [key for key in pressed if key in world.commands and (key == "t" or world.place == world.home)]:
                 world.commands[asked[0]]()
                 paused |= asked[0] in ("left", "right", "up", "down")
             elif "enter" in pressed:
@@ -277,15 +279,15 @@ def play(world: World, agent: Agent | None, screen, names: list[str], args: Args
             elif world.ended and not paused:
                 world.go_on()
             elif not world.ended and (not paused or "e" in pressed):
-                if recording:
-                    recording.show(panels)
                 world.step(int(sample(policy)) if who == "agent" and policy is not None else choose(names, held))
                 stepped, played = True, played + 1
+                if recording:
+                    recording.show(world.panels())
                 returns += [world.now.total] if world.now.end else []
     finally:  # also when stopped with Ctrl-C: what was recorded is kept
+        screen.close()
         if recording:
             recording.close()
-        screen.close()
         print(f"{played} steps, {played / (time.perf_counter() - began):.1f} a second; {len(returns)} episodes"
               + (f" of mean return {np.mean(returns):g}" if returns else ""))  # fmt: skip
 
@@ -340,7 +342,7 @@ def paint(panels: list[tuple], height: int) -> np.ndarray:
 
 class Video:
     """A screen that is a file: each step once, as fast as they come. Browsers play .webm (VP8); an .mp4 (MPEG-4 Part 2)
-    is for other programs. It is written beside its place, read back, and renamed: a file of this name is whole."""
+    is for other programs. It is written under another name, read back, and renamed: so it is whole or not there."""
 
     def __init__(self, path: Path, fps: float):
         self.path, self.beside, self.fps = path, path.with_name("." + path.name), fps
@@ -558,7 +560,7 @@ class Page:
         """Serves at the first free port from `port` on, and waits for the first visitor. Raises IrisError."""
         self.fixed, self.message, self.number, self.changed = fixed, "{}", 0, threading.Condition()
         self.tabs: dict[str, tuple[int, float, list[str]]] = {}  # number and time of its latest message, keys held
-        self.pressed, self.recorded, self.visited, name = [], None, threading.Event(), socket.gethostname()
+        self.pressed, self.recorded, self.visited, name = [], None, threading.Event(), socket.gethostname().lower()
         family, own, listener = socket.AF_INET6 if ":" in host else socket.AF_INET, port, None
         while not listener:
             try:
@@ -570,10 +572,10 @@ class Page:
         # A request that is half sent after 10 seconds is dropped.
         handler = type("Handler", (WSGIRequestHandler,), {"timeout": 10, "log": lambda *_: None})
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32_768)  # a slow line leaves pictures out
-        self.hosts, own = {host, name, "localhost"}, listener.getsockname()[1]
+        self.hosts, own = {host.lower(), name, "localhost"}, listener.getsockname()[1]
         self.server = make_server(host, own, self.respond, True, request_handler=handler, fd=listener.fileno())
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        address = f"http://{name if host in ('0.0.0.0', '::') else host}:{own}"
+        address = f"http://{name if host in ('0.0.0.0', '::') else f'[{host}]' if ':' in host else host}:{own}"
         taken = f" (port {port} is taken)" if port not in (0, own) else ""
         print(f"Open {address} in a browser{taken}. From elsewhere: ssh -L {own}:127.0.0.1:{own} {name}", flush=True)
         if {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & {*os.environ} or sys.platform != "linux":
@@ -583,7 +585,7 @@ class Page:
 
     @Request.application
     def respond(self, request: Request) -> Response:
-        path, own, name = request.path, f"http://{request.host}", re.sub(r":\d+$", "", request.host).strip("[]")
+        path, own, name = request.path, f"http://{request.host}", re.sub(r":\d+$", "", request.host.lower()).strip("[]")
         is_ours = name in self.hosts or re.fullmatch(r"[\d.]+|[\da-f:]*:[\da-f:]*", name)  # a number can't be rebound
         by_site = request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and path != "/"
         if not is_ours or by_site or request.headers.get("Origin", own) != own:
@@ -616,7 +618,8 @@ class Page:
             with self.changed:
                 self.changed.wait_for(lambda: self.number != number, timeout=5)
                 number, message = self.number, self.message
-            yield f"data: {message}\n\n"
+            if number:
+                yield f"data: {message}\n\n"
 
     def show(self, panels: list[tuple], status: dict) -> None:
         pictures = []
@@ -707,7 +710,8 @@ def find_checkpoint(args: Args) -> Path | None:
         return path
     if args.checkpoint or args.run_dir:
         return iris_train.checkpoint_path(args.checkpoint or args.run_dir)
-    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    runs = Path("runs").glob(re.sub("[/:]", "-", args.env_id) + "*/checkpoint.pt")
+    runs = sorted(runs, key=lambda path: path.stat().st_mtime)
     game = re.sub(r".*[:/]|(NoFrameskip)?-v\d+$", "", args.env_id).lower()
     models = sorted(MODELS.glob(f"{game or '*'}.pt"), key=lambda path: path.stem == "breakout")
     if not runs and not models and not args.human:
