@@ -245,7 +245,7 @@ def test_pause_one_step_hand_over_restart_and_speed_do_what_they_say(breakout, t
     assert [status["step"] for status in shown] == steps
     assert [status["paused"] for status in shown[3:6]] == [False, True, True]
     assert (shown[14]["who"], shown[15]["who"]) == ("you", "agent")
-    assert all(status["action"] == 2 for status in shown[1:15]) and shown[22]["fps"] == 160
+    assert all(status["action"] == 2 for status in shown[1:15]) and shown[22]["fps"] == 240
     assert len(shown[19]["traces"][0]) == 13 and len(shown[19]["policy"]) == 4
 
 
@@ -765,7 +765,7 @@ def test_a_component_that_is_not_trained_yet_is_said_in_place_of_noise(serve, br
 
 
 def test_a_person_plays_without_any_models(serve, browser, tmp_path):
-    server = serve("--human", "--env-id", BREAKOUT, cwd=tmp_path)
+    server = serve("--human", "--env-id", "PongNoFrameskip-v4", cwd=tmp_path)  # no model of it comes with the clone
     tab = Tab(browser, server.url)
     tab.key("a", kinds=["keyDown"])
     tab.acts("LEFT")
