@@ -198,6 +198,7 @@ def actor_critic_loss(rollout: Rollout, gamma: float, lambda_: float, entropy_we
     def mean(x: Tensor) -> Tensor:  # (N, L - 1) -> its mean over counted steps
         return (x * counted).sum() / counted.sum()
 
+    # validate_args would make the CPU wait for the GPU.
     values, policy = rollout.values[:, :-1], Categorical(logits=rollout.logits[:, :-1], validate_args=False)
     entropy = mean(policy.entropy())
     losses = {

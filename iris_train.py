@@ -367,7 +367,8 @@ def train(run: Run) -> None:
             optimise(run, "tokenizer", tokenizer_losses)
             run.tokens = None  # those in `run.tokens` are another tokenizer's
 
-        encode_replay(run)
+        if run.epoch >= min(args.tokenizer_from, args.world_model_from, args.actor_critic_from):
+            encode_replay(run)
 
         if run.epoch >= args.world_model_from:
             optimise(run, "world_model", world_model_losses)
@@ -519,8 +520,7 @@ def collect(run: Run) -> None:
             run.frame = run.env.reset()[0] if info["life_lost"] else None
     replay.flush()
     run.metrics["charts/SPS"] = args.collect_steps / (time.perf_counter() - began)
-    spans = zip(replay.starts.tolist(), replay.stops.tolist(), strict=True)
-    ended = [span for span in spans if span[1] > length and replay.ends[span[1] - 1]]
+    ended = [(a, b) for a, b in zip(replay.starts, replay.stops, strict=True) if b > length and replay.ends[b - 1]]
     for begin, stop in {*ended[-10:], *sorted(ended, key=lambda span: replay.rewards[slice(*span)].sum())[-1:]}:
         save_episode(run.folder / "media/episodes/train", f"step_{begin:07d}", replay.array[begin:stop])
     if games:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from iris_agent import Agent
-from iris_train import Args, IrisError, load_agent, play_test_episodes
+from iris_train import Args, IrisError, load_agent, play_test_episodes, read_checkpoint
 
 
 @dataclass
@@ -54,7 +54,7 @@ def main(options: Options) -> None:
     rows, chance = [], {}
     for folder in options.runs:
         agent, args = load_agent(folder)
-        epoch = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)["epoch"]
+        epoch = read_checkpoint(folder)[0]["epoch"]
         args = replace(args, test_episodes=options.games, test_envs=16, test_max_frames=options.max_frames)
         players = [("iris", agent, args.test_temperature), ("blind", None, 1.0)]
         if args.env_id not in chance:

@@ -286,7 +286,7 @@ def test_each_epoch_runs_the_phases_that_are_due_in_their_order_and_saves_them(r
     iris_train.train(run)
     tokenizer, actor_critic = ["fit_pixels", "tokenizer"], ["fit_pixels", "actor_critic"]
     expected = [
-        ["collect", "encode_replay"],
+        ["collect"],
         ["collect", *tokenizer, "encode_replay"],
         ["collect", *tokenizer, "encode_replay", "world_model", "evaluate"],
         ["collect", *tokenizer, "encode_replay", "world_model", *actor_critic],
