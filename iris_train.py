@@ -15,7 +15,6 @@ Run it:   python iris_train.py --env-id BreakoutNoFrameskip-v4                  
 Read it:  arguments, all of them the paper's by default; environment, replay; then `train`, the algorithm, and what it
 calls; checkpoints and start-up last. [paper] is IRIS or its code, [Delta-IRIS] arXiv 2406.19320, [ours] neither.
 """
-import ctypes
 import fcntl
 import importlib.metadata
 import io
@@ -28,8 +27,7 @@ import sys
 import time
 import zipfile
 from collections import defaultdict, deque
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Callable, Literal, get_args
 
@@ -61,8 +59,7 @@ Model = Literal["tokenizer", "world_model", "actor_critic"]
 class Args:
     """Trains IRIS on one game. The defaults are the paper's (appendix A and the published configuration)."""
 
-    # A gymnasium id with discrete actions and image observations; `module:Env-v0` imports the module first
-    env_id: str = "BreakoutNoFrameskip-v4"
+    env_id: str = "BreakoutNoFrameskip-v4"  # A gymnasium id; `module:Env-v0` imports the module first
     preset: Preset = "paper"  # What the other arguments default to: the paper's, a CPU's, or those for tests/catch.py
     seed: int = 1  # Seed of everything random
     device: str = "auto"  # cuda, cpu, ...; auto takes a GPU where there is one
@@ -128,9 +125,8 @@ LAPTOP = Args(
     tokenizer_learning_rate=1e-3, world_model_learning_rate=5e-4, actor_critic_learning_rate=1e-3,
     burn_in=10, entropy_weight=0.003, gamma=0.99, after_end=False,
     eval_every=10, test_episodes=8, test_max_frames=10_000,
-    tokenizer=replace(
-        SMALL_TOKENIZER, vocab_size=512, code_dim=64, blocks=(0, 0, 0, 1, 1), worst_values=12, worst_weight=0.1
-    ),
+    tokenizer=replace(SMALL_TOKENIZER, vocab_size=512, code_dim=64, blocks=(0, 0, 0, 1, 1), worst_values=12,
+                      worst_weight=0.1),
     world_model=WorldModelConfig(layers=2, width=128, dropout=0.0),
     actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=256, standardize=True),
 )  # fmt: skip
@@ -171,9 +167,9 @@ def to_stored(frames: Tensor) -> Tensor:
 class GameFrames(gym.Wrapper):
     """A game as IRIS sees it: frames (64, 64, 3) uint8. `screen` is the latest image, (H, W[, 1 or 3]) uint8. In a
     `...NoFrameskip-v4` game an action lasts 4 raw frames; the frame is the maximum of the last two, each resized first
-    (some objects are drawn in every other one only). With `life_loss_ends` a lost life terminates the episode, but not
-    the game: `info["life_lost"]` is True, and `reset()` goes on with one no-op step; `reset(seed=...)` always starts a
-    new game. In any other game an action lasts one step, and there are no no-ops and no lives."""
+    (some objects are drawn in every other one only). With `life_loss_ends` a lost life ends the episode, but not the
+    game: `info["life_lost"]` is True, and `reset()` goes on with one no-op step. Other games have no no-ops and lives.
+    """
 
     def __init__(self, env: gym.Env, noop_max: int, life_loss_ends: bool):
         super().__init__(env)
@@ -222,9 +218,8 @@ class GameFrames(gym.Wrapper):
 
 
 def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_loss_ends: bool = False) -> gym.Env:
-    """A gymnasium game with frames (64, 64, 3) uint8 and Discrete actions. The defaults are those of a test game.
-    `noop_max` and `life_loss_ends` are for `{Game}NoFrameskip-v4`. A game is cut off after `max_frames`, raw ones in an
-    Atari game, else one a step. Raises IrisError for an unknown id, other actions, or no image."""
+    """A game with frames (64, 64, 3) uint8 and Discrete actions, cut off after `max_frames` (raw ones in an Atari game,
+    else one a step). The defaults are a test game's. Raises IrisError for an unknown id, other actions, or no image."""
     gym.register_envs(ale_py)
     gym.logger.min_level = gym.logger.ERROR  # or each game warns that there is a v5, which has sticky actions
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
@@ -233,11 +228,10 @@ def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_los
     except Exception as error:  # an environment is somebody else's code and may fail in any way
         raise IrisError(f"no environment {env_id!r}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     space, actions = env.observation_space, env.action_space
-    if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
-        raise IrisError(f"{env_id} has the action space {actions}, and IRIS needs Discrete(n): wrap the environment")
     shape = space.shape if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 else ()
-    if len(shape) < 2 or shape[2:] not in ((), (1,), (3,)):
-        raise IrisError(f"{env_id} observes {space}, and IRIS needs an image (H, W[, 1 or 3]) of uint8: wrap it")
+    discrete = isinstance(actions, gym.spaces.Discrete) and actions.start == 0
+    if not discrete or len(shape) < 2 or shape[2:] not in ((), (1,), (3,)):
+        raise IrisError(f"{env_id} has {actions} and {space}; IRIS needs Discrete(n) and uint8 images: wrap it")
     return GameFrames(env, noop_max, life_loss_ends)
 
 
@@ -283,23 +277,25 @@ class Replay(Steps):
     """Steps in an append-only file, read through a memory map: 100,000 take 1.23 GB on disk and hardly any memory. They
     are not written through the map: on a full disk, that kills the process where `write` raises OSError."""
 
-    def __init__(self, folder: Path, length: int | None = None):
-        """Creates the file, or cuts it to a checkpoint's `length`. Raises IrisError for one that has other steps."""
+    def __init__(self, folder: Path):
+        """Opens or creates the file, and keeps other processes away from it. Raises OSError if there is one."""
         folder.mkdir(parents=True, exist_ok=True)
-        path, wanted = folder / "steps.bin", (length or 0) * STEP.itemsize
-        path.touch()
-        if path.stat().st_size < wanted or (length is None and path.stat().st_size):
-            raise IrisError(f"{path} does not belong to the run's checkpoint: move it away, and start a new run")
-        os.truncate(path, wanted)
-        self.file = open(path, "ab")
-        self.flush()
+        self.file = open(folder / "steps.bin", "ab")
+        fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.extend(np.empty(0, STEP))
 
-    def append(self, frame: np.ndarray, action: int, reward: float, end: bool) -> None:
-        """One step. It can be read after the next `flush`."""
-        self.file.write(np.array((frame, action, reward, end), STEP).tobytes())
+    def cut(self, checkpoint: dict | None, num_actions: int) -> None:
+        """Forgets steps after a checkpoint. Raises IrisError, and leaves the file, if those before it aren't there."""
+        length, epoch = (checkpoint.get("replay_length"), checkpoint["epoch"]) if checkpoint else (0, 0)
+        fits = type(length) is int and 0 <= length <= len(self) and (length > 0) == (epoch > 0)
+        if not fits or not np.isin(self.actions[:length], range(num_actions)).all() or (len(self) and not checkpoint):
+            raise IrisError(f"{self.file.name} does not belong to the run's checkpoint: move it away, start a new run")
+        self.file.truncate(length * STEP.itemsize)
+        self.extend(np.empty(0, STEP))
 
-    def flush(self) -> None:
-        """Makes appended steps readable, and safe against a power cut."""
+    def extend(self, steps: np.ndarray) -> None:
+        """Appends steps, an array of STEP, safe against a power cut."""
+        self.file.write(steps.tobytes())
         self.file.flush()
         os.fsync(self.file.fileno())
         empty = os.path.getsize(self.file.name) == 0  # an empty file can't be mapped
@@ -313,7 +309,6 @@ class Run:
 
     args: Args
     folder: Path
-    lock: Any  # the open file that keeps other processes out of the folder
     device: torch.device
     bf16: bool
     agent: Agent
@@ -433,7 +428,7 @@ def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, di
     for group in optimizer.param_groups:
         group["lr"] = rate
     sizes = [len(part) for part in np.array_split(np.arange(batch_size), min(batch_size, args.accumulate))]
-    began, logged = time.perf_counter(), defaultdict(list)
+    logged = defaultdict(list)
     model.train()
     for _ in trange(steps, desc=name, leave=False, disable=None):
         optimizer.zero_grad()
@@ -454,7 +449,6 @@ def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, di
             raise IrisError(f"{key} is not finite at step {step} of the {name}: lower its learning rate")
         run.metrics[f"losses/{key}"] = values.mean().item()
     run.metrics[f"charts/{name}_learning_rate"] = rate
-    run.metrics[f"charts/{name}_steps_per_second"] = steps / (time.perf_counter() - began)
 
 
 def fit_pixels(run: Run, model: Tokenizer | ActorCritic) -> None:
@@ -465,8 +459,7 @@ def fit_pixels(run: Run, model: Tokenizer | ActorCritic) -> None:
 
 
 def encode_replay(run: Run) -> None:
-    """The tokens of all frames, and what the decoder makes of them, for world model and actor-critic. So a frame passes
-    through the tokenizer once an epoch, and once at all when its training is over, not whenever it is sampled."""
+    """Tokens of all frames, and these decoded: once an epoch, or once at all when the tokenizer's training is over."""
     start = 0 if run.tokens is None else len(run.tokens) // 256 * 256  # whole parts, as a resumed run makes them
     tokens, decoded = ([x[:start]] if start else [] for x in (run.tokens, run.decoded))
     for begin in range(start, len(run.replay), 256):
@@ -495,7 +488,7 @@ def collect(run: Run) -> None:
             state = agent.actor_critic.warm_up(frames, torch.ones(frames.shape[:2], dtype=torch.bool, device=device))
 
     trained = run.epoch > args.actor_critic_from or (args.init_from and "actor_critic" in args.init_models)
-    began, games, hold = time.perf_counter(), [], 0
+    began, steps, games, hold = time.perf_counter(), [], [], 0
     for step in trange(length, length + args.collect_steps, desc="collect", leave=False, disable=None):
         if run.frame is None:  # a new game, with a seed of its own, from which a resumed run can repeat it
             run.game_seed, run.game_start = int(run.rng.integers(2**31)), step
@@ -511,14 +504,14 @@ def collect(run: Run) -> None:
                 hold = min(int(run.rng.zipf(2.0)), args.collect_hold)
         hold -= 1
         frame, reward, terminated, truncated, info = run.env.step(action)
-        replay.append(run.frame, action, float(reward), terminated or truncated)
+        steps.append((run.frame, action, reward, terminated or truncated))
         run.frame = frame
         if terminated or truncated:
             hold, state = 0, agent.actor_critic.initial_state(1)
             if not info["life_lost"]:
                 games.append((run.game_start, step + 1))
             run.frame = run.env.reset()[0] if info["life_lost"] else None
-    replay.flush()
+    replay.extend(np.array(steps, STEP))
     run.metrics["charts/SPS"] = args.collect_steps / (time.perf_counter() - began)
     ended = [(a, b) for a, b in zip(replay.starts, replay.stops, strict=True) if b > length and replay.ends[b - 1]]
     for begin, stop in {*ended[-10:], *sorted(ended, key=lambda span: replay.rewards[slice(*span)].sum())[-1:]}:
@@ -661,24 +654,23 @@ def save_checkpoint(run: Run) -> None:
 
 
 def read_checkpoint(run_or_checkpoint: Path | str) -> tuple[dict, Args]:
-    """A run's folder, its checkpoint, or a published one -> its content, on the CPU, and its arguments: a published
-    one's are the paper's, and its game is the file's name (Breakout.pt). Raises IrisError for any other file."""
+    """A run's folder, its checkpoint, or a published one, named by its game (Breakout.pt) -> its content on the CPU,
+    and its arguments: for a published one the paper's. Raises IrisError for any other file."""
     path = checkpoint_path(run_or_checkpoint)
     try:
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError(damaged)
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except OSError as error:
-        raise IrisError(f"no checkpoint can be read at {path}: {error.strerror}") from error
     except Exception as error:  # torch.load has half a dozen errors for a file of another kind
-        raise IrisError(f"{path} is no readable checkpoint: it is damaged, or another kind of file") from error
+        why = getattr(error, "strerror", None) or "it is damaged, or another kind of file"
+        raise IrisError(f"no checkpoint can be read at {path}: {why}") from error
     if "actor_critic.actor_linear.weight" in content:
         return content, Args(env_id=f"{path.stem}NoFrameskip-v4")
     if content.get("format") != FORMAT:
         raise IrisError(f"{path} is no checkpoint of an IRIS run of this version, and not a published one")
     values = content["args"]  # arguments added since the run was made take their default
-    configs = {"tokenizer": TokenizerConfig, "world_model": WorldModelConfig, "actor_critic": ActorCriticConfig}
-    return content, Args(**values | {name: config(**values[name]) for name, config in configs.items()})
+    check(args := Args(**values | {name: type(getattr(Args(), name))(**values[name]) for name in get_args(Model)}))
+    return content, args
 
 
 def restore(run: Run, checkpoint: dict) -> None:
@@ -707,10 +699,14 @@ def restore(run: Run, checkpoint: dict) -> None:
 def build_agent(args: Args, num_actions: int) -> Agent:
     """The three models in the sizes of the arguments, in evaluation mode. Raises IrisError if there are none such."""
     try:
+        if args.tokenizer.tokens_per_frame != args.world_model.tokens_per_frame:
+            raise ValueError(f"--world-model.tokens-per-frame is not the tokenizer's {args.tokenizer.tokens_per_frame}")
+        if len(args.actor_critic.channels) > 6:
+            raise ValueError("each convolution of the actor-critic halves the frame, so there are 6 at most")
         tokenizer = Tokenizer(args.tokenizer)
         world_model = WorldModel(args.tokenizer.vocab_size, num_actions, args.world_model)
         return Agent(tokenizer, world_model, ActorCritic(num_actions, args.actor_critic)).eval()
-    except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
+    except (ValueError, RuntimeError, ArithmeticError, IndexError, TypeError) as error:
         raise IrisError(f"no model has these sizes: {' '.join(str(error).split())}") from error
 
 
@@ -734,10 +730,10 @@ def parse_args(argv: list[str]) -> Args:
     def first(preset: Preset = "paper", resume: str = "") -> tuple[Preset, str]:  # these two decide the defaults
         return preset, resume
 
-    asks_for_help = {"-h", "--help"} & set(argv)
-    (preset, resume), _ = tyro.cli(first, args=[a for a in argv if a not in asks_for_help], return_unknown_args=True)
-    if not resume or asks_for_help:
-        return tyro.cli(Args, default=PRESETS[preset], args=argv)
+    (preset, resume), others = tyro.cli(first, args=argv, return_unknown_args=True, add_help=False)
+    if not resume or {"-h", "--help"} & set(others):
+        ranges = ", ".join(f"{name} {least} to {most:.4g}" for name, (least, most) in RANGES.items())
+        return tyro.cli(Args, default=PRESETS[preset], args=argv, description=f"{Args.__doc__} Ranges: {ranges}.")
     checkpoint, saved = read_checkpoint(resume)
     if "format" not in checkpoint:
         raise IrisError(f"{resume} is a published checkpoint, not a run: start a run with --init-from {resume}")
@@ -746,29 +742,45 @@ def parse_args(argv: list[str]) -> Args:
         args.perceptual_loss = saved.perceptual_loss
     fixed = "env_id preset seed noop_max max_frames perceptual_loss run_dir init_from"
     for name in [*fixed.split(), "tokenizer", "world_model", "actor_critic"]:
-        old, new = getattr(saved, name), getattr(args, name)
-        if old != new:
+        if (old := getattr(saved, name)) != (new := getattr(args, name)):
             raise IrisError(f"{resume} is a run with {name} {old}, not {new}: leave that out, or start a new run")
     return args
 
 
-def check(args: Args) -> None:
-    """Raises IrisError for numbers that no run can have, before a phase would fail on them hours later."""
-    least = {"seed": 0, "burn_in": 0, "eval_every": 0, "tokenizer_until": 0, "horizon": 2}
-    for name, value in vars(args).items():
-        flag, low = f"--{name.rstrip('_').replace('_', '-')}", least.get(name, 1) if type(value) is int else 0
-        if isinstance(value, (int, float)) and not low <= value < float("inf"):
-            raise IrisError(f"{flag} is {value}, and has to be at least {low}")
-    made, read, gpt = args.tokenizer.tokens_per_frame, args.world_model.tokens_per_frame, args.world_model
-    for wrong, text in (
-        (made != read, f"the tokenizer makes {made} tokens a frame, and --world-model.tokens-per-frame is {read}"),
-        (not 1 <= args.tokenizer.worst_values <= 12_288, "--tokenizer.worst-values has to be from 1 to 12,288"),
-        (gpt.max_blocks < 2 or gpt.heads < 1, "the world model needs max-blocks of 2 or more, and heads of 1 or more"),
-        (not 0 <= gpt.dropout < 1, "--world-model.dropout has to be from 0 to below 1"),
-        (len(args.actor_critic.channels) > 6, "the actor-critic has 6 convolutions at most: each halves the frame"),
-    ):  # fmt: skip
-        if wrong:
-            raise IrisError(text)
+RANGES = {  # the least and the greatest value of a number, or of each in a tuple; by name, or else by kind
+    "whole numbers": (1, 10**9), "other numbers": (0, sys.float_info.max), "dropout": (0, 0.99),
+    "seed": (0, 2**63 - 1), "collect_epsilon": (0, 1), "tokenizer_until": (0, 10**9), "horizon": (2, 10**9),
+    "burn_in": (0, 10**9), "gamma": (0, 1), "lambda_": (0, 1), "max_grad_norm": (1e-9, 1e9), "eval_every": (0, 10**9),
+    "test_envs": (1, 999), "blocks": (0, 99), "worst_values": (1, 12_288), "max_blocks": (2, 10**9), "layers": (1, 999),
+}  # fmt: skip
+
+
+def check(part: Any, prefix: str = "--") -> None:
+    """Arguments, or those of a model. Raises IrisError for a value that would fail in a phase, maybe hours later."""
+    for name, value in vars(part).items():
+        flag, kind = prefix + name.rstrip("_").replace("_", "-"), type(getattr(type(part)(), name))
+        if is_dataclass(value):
+            check(value, f"{flag}.")
+        if not isinstance(value, (int, float) if kind is float else kind) or (value == () and name != "attention_at"):
+            raise IrisError(f"{flag} is {value!r}, and has to be of type {kind.__name__}, not empty")
+        for x in value if kind is tuple else (value,):
+            least, most = RANGES.get(name, RANGES["whole numbers" if type(x) is int else "other numbers"])
+            if isinstance(x, (int, float)) and not least <= x <= most:
+                raise IrisError(f"{flag} is {x}, and has to be from {least} to {most}")
+
+
+def check_memory(args: Args, num_actions: int, device: torch.device) -> None:
+    """Raises IrisError for sizes that can't fit. Counts less than a run needs: weights, their gradients and Adam's two
+    moments, and of a batch the frames, or the embeddings of the tokens; all in float32."""
+    with torch.device("meta"):  # tensors without memory
+        weights = sum(weight.numel() for weight in build_agent(args, num_actions).parameters())
+    frames = max(args.tokenizer_batch_size, args.actor_critic_batch_size * (args.burn_in + args.horizon))
+    embeddings = args.world_model_batch_size * args.world_model.max_tokens * args.world_model.width
+    needed = 4 * (4 * weights + max(3 * FRAME_SIZE**2 * frames, embeddings) // args.accumulate)
+    cuda = device.type == "cuda"
+    has = torch.cuda.mem_get_info(device)[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > has:
+        raise IrisError(f"such models and batches need {needed >> 30:,} GiB of memory; {device} has {has >> 30}")
 
 
 def choose_device(args: Args) -> tuple[torch.device, bool]:
@@ -776,7 +788,7 @@ def choose_device(args: Args) -> tuple[torch.device, bool]:
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise IrisError(f"--device {name} is not available here: leave it out, or use --device cpu") from error
     bf16 = device.type == "cpu" and any("bf16" in k and v for k, v in torch.cpu.get_capabilities().items())
@@ -787,11 +799,11 @@ def choose_device(args: Args) -> tuple[torch.device, bool]:
 
 def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Optimizer]:
     """Adam for tokenizer and actor-critic, AdamW for the world model [paper]. Fused: one operator for all weights."""
-    groups, optim = agent.world_model.parameter_groups(args.world_model_weight_decay), torch.optim
+    groups, Adam = agent.world_model.parameter_groups(args.world_model_weight_decay), torch.optim.Adam
     return {
-        "tokenizer": optim.Adam(agent.tokenizer.parameters(), lr=args.tokenizer_learning_rate, fused=True),
-        "world_model": optim.AdamW(groups, lr=args.world_model_learning_rate, fused=True),
-        "actor_critic": optim.Adam(agent.actor_critic.parameters(), lr=args.actor_critic_learning_rate, fused=True),
+        "tokenizer": Adam(agent.tokenizer.parameters(), lr=args.tokenizer_learning_rate, fused=True),
+        "world_model": torch.optim.AdamW(groups, lr=args.world_model_learning_rate, fused=True),
+        "actor_critic": Adam(agent.actor_critic.parameters(), lr=args.actor_critic_learning_rate, fused=True),
     }
 
 
@@ -802,12 +814,12 @@ def build(args: Args) -> Run:
     for name in taken:  # its sizes come along with a model
         setattr(args, name, getattr(source_args, name))
     check(args)
-    keep_freed_memory()
     torch.manual_seed(args.seed)
     device, bf16 = choose_device(args)
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
         raise IrisError("--compile needs a C++ compiler: install g++, or leave it out")
     env = make_env(args.env_id, args.noop_max, args.max_frames, life_loss_ends=True)
+    check_memory(args, int(env.action_space.n), device)
     try:
         lpips = None if args.perceptual_loss == "pixel" else load_lpips().to(device)
     except OSError as error:
@@ -821,43 +833,31 @@ def build(args: Args) -> Run:
         for name in taken:
             getattr(agent, name).load_state_dict(getattr(source, name).state_dict())
     except RuntimeError as error:
-        raise IrisError(f"the {name} of {args.init_from} does not fit the other models, or {env.action_space.n} "
-                        "actions: omit it from --init-models") from error  # fmt: skip
+        raise IrisError(f"{args.env_id} can't take the {name} of {args.init_from}: see --init-models") from error
     agent.to(device)
     name = f"runs/{args.env_id.replace('/', '-').replace(':', '-')}__iris__{args.seed}__{int(time.time())}"
     folder = checkpoint_path(args.resume).parent if args.resume else Path(args.run_dir or name)
-    if not args.resume and (folder / "checkpoint.pt").exists():
-        raise IrisError(f"{folder} holds a run already: --resume {folder} goes on with it; or name another --run-dir")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not args.resume and (folder / "checkpoint.pt").exists():
+            raise IrisError(f"{folder} holds a run already: --resume it, or name another --run-dir")
+        replay = Replay(folder / "replay")
     except OSError as error:
         why = "another process is training there" if isinstance(error, BlockingIOError) else error.strerror
         raise IrisError(f"can't use the run folder {folder}: {why}; choose another --run-dir") from error
     checkpoint = read_checkpoint(args.resume)[0] if args.resume else None
     dream = (CompiledDream if args.compile else Dream)(agent.tokenizer, agent.world_model)
-    replay = Replay(folder / "replay", checkpoint["replay_length"] if checkpoint else None)
+    replay.cut(checkpoint, int(env.action_space.n))
     optimizers, rng = make_optimizers(agent, args), np.random.default_rng(args.seed)
-    run = Run(args, folder, lock, device, bf16, agent, optimizers, lpips, dream, env, replay, rng)
+    run = Run(args, folder, device, bf16, agent, optimizers, lpips, dream, env, replay, rng)
     if checkpoint:
         restore(run, checkpoint)
     return run
 
 
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory: getting it back, cleared, takes a third of the tokenizer's time on a CPU."""
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return what is free at the heap's end
-        mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside the heap, which are returned when freed
-
-
 def start_logs(run: Run) -> SummaryWriter:
-    """Writes settled arguments, versions and the git commit to args.json, and to TensorBoard, where `purge_step` hides
-    what an epoch had logged that was killed, and is played again."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")}
-    settled = {"device": str(run.device), "precision": "bf16" if run.bf16 else "fp32", "versions": versions}
+    """args.json; and TensorBoard, where `purge_step` hides what a killed epoch had logged, which is played again."""
+    settled = {"device": str(run.device), "precision": "bf16" if run.bf16 else "fp32"}
+    settled["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")}
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     text = json.dumps(asdict(run.args) | settled | {"git_commit": git.stdout.strip() or None}, indent=2)
     (run.folder / "args.json").write_text(text + "\n")

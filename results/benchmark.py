@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from iris_agent import Agent, actor_critic_loss, imagine  # noqa: E402
 from iris_train import (  # noqa: E402
-    PRESETS, Args, Replay, build_agent, choose_device, keep_freed_memory, make_optimizers, to_model, to_stored,
+    PRESETS, Args, Replay, build_agent, choose_device, make_optimizers, to_model, to_stored,
 )  # fmt: skip
 from iris_world_model import CompiledDream, Dream  # noqa: E402
 
@@ -316,8 +316,6 @@ def measure(options: Options) -> dict:
     args = PRESETS[options.preset]
     device, _ = choose_device(Args(device=options.device))
     torch.manual_seed(0)
-    if who not in ("plain", "returned"):
-        keep_freed_memory()
     if what == "ceiling":
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         return {"gflops": ceiling(detail[0], dtype, device, args, options.repeat)}
@@ -587,8 +585,6 @@ def main(options: Options) -> None:
     print("\n| an idea alone, ms | without | with |\n| --- | --- | --- |")
     whole = f"/64/{args.horizon}"
     for text, without, with_it in (
-        ("tokenizer training, a frame, freed memory kept, fp32", "tokenizer/returned/fp32", "tokenizer/ours/fp32"),
-        ("the same, bf16", "tokenizer/returned/bf16", "tokenizer/ours/bf16"),
         ("fused AdamW, a step of the world model", "adam/plain/fp32", "adam/ours/fp32"),
         ("cache in float32 and not bfloat16: attention of 4 layers", "attention/bf16/bf16", "attention/fp32/fp32"),
         ("a dreamed frame of 64, --compile", f"imagine/ours/fp32{whole}", f"imagine/compiled/fp32{whole}"),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from iris_agent import ActorCritic, actor_critic_loss, imagine, lambda_returns
-from iris_train import PRESETS, choose_device, keep_freed_memory, make_env, to_model
+from iris_train import PRESETS, choose_device, make_env, to_model
 
 
 @dataclass
@@ -72,7 +72,6 @@ def main(options: Options) -> None:
     args = replace(PRESETS["laptop"], device="cpu")
     _, bf16 = choose_device(args)
     torch.manual_seed(options.seed)
-    keep_freed_memory()
     n, games = options.games, TrueGames(options.env_id, options.games, options.burn_in)
     num_actions = int(games.envs[0].action_space.n)
     actor_critic = ActorCritic(num_actions, replace(args.actor_critic, standardize=options.standardize))

@@ -152,7 +152,7 @@ def test_other_games_are_resized_and_grey_ones_get_three_channels():
         ("MrsPacmanNoFrameskip-v4", "Did you mean: `MsPacmanNoFrameskip`"),
         ("xyz", "`xyz` doesn't exist"),
         ("no_such_module:Game-v0", "No module named 'no_such_module'"),
-        ("Vector-v0", "needs an image"),
+        ("Vector-v0", r"Box\(.* needs .* uint8 images: wrap it"),
         ("Continuous-v0", r"Box\(.* needs Discrete"),
         ("Broken-v0", "ZeroDivisionError"),
         ("", "no environment ''"),
@@ -180,32 +180,46 @@ def test_what_a_game_does_wrong_is_said_in_one_line_with_its_name_and_step(fault
 
 def filled_replay(tmp_path, lengths=(5, 1, 12), rest=3):
     """Episodes of these lengths and one that goes on; a step's number is in its frame and its reward."""
-    replay, step = Replay(tmp_path / "replay"), 0
+    replay, steps, step = Replay(tmp_path / "replay"), [], 0
     for length, ends in [(length, True) for length in lengths] + [(rest, False)]:
         for i in range(length):
-            replay.append(np.full((64, 64, 3), step, np.uint8), step % 4, step, ends and i + 1 == length)
+            steps.append((np.full((64, 64, 3), step, np.uint8), step % 4, step, ends and i + 1 == length))
             step += 1
-    replay.flush()
+    replay.extend(np.array(steps[:7], STEP))
+    replay.extend(np.array(steps[7:], STEP))
+    return replay
+
+
+def reopened(folder, length, num_actions=4):
+    replay = Replay(folder)
+    replay.cut({"replay_length": length, "epoch": 1}, num_actions)
     return replay
 
 
 def test_replay_gives_back_what_was_put_in_also_after_reopening(tmp_path):
-    filled_replay(tmp_path)
-    again = Replay(tmp_path / "replay", length=21)
-    with pytest.raises(IrisError, match="does not belong to the run's checkpoint"):
-        Replay(tmp_path / "replay")
-    assert len(Replay(tmp_path / "replay", length=21)) == 21
+    filled_replay(tmp_path).file.close()
+    again = reopened(tmp_path / "replay", 21)
     assert len(again) == 21 and (again.frames[:, 5, 6, 1] == np.arange(21)).all()
     assert (again.rewards == np.arange(21)).all() and np.flatnonzero(again.ends).tolist() == [4, 5, 17]
     assert again.starts.tolist() == [0, 5, 6, 18] and again.stops.tolist() == [5, 6, 18, 21]
+    with pytest.raises(BlockingIOError):  # one process at a time
+        Replay(tmp_path / "replay")
 
 
 def test_reopening_at_an_earlier_length_forgets_what_came_later(tmp_path):
-    filled_replay(tmp_path)
-    shorter = Replay(tmp_path / "replay", length=8)
+    filled_replay(tmp_path).file.close()
+    shorter = reopened(tmp_path / "replay", 8)
     assert shorter.stops.tolist() == [5, 6, 8] and (tmp_path / "replay/steps.bin").stat().st_size == 8 * STEP.itemsize
-    with pytest.raises(IrisError, match="does not belong to the run's checkpoint"):
-        Replay(tmp_path / "replay", length=9)
+
+
+@pytest.mark.parametrize("length", [0, -1, 22, 2**70, None, "eight", 8.0])
+def test_a_damaged_length_or_a_damaged_action_leaves_the_replay_as_it_is(tmp_path, length):
+    filled_replay(tmp_path).file.close()
+    before = (tmp_path / "replay/steps.bin").read_bytes()
+    for damage in ((length, 4), (21, 3)):  # with 3 actions, action 3 is out of range
+        with pytest.raises(IrisError, match="does not belong to the run's checkpoint"):
+            reopened(tmp_path / "replay", *damage)
+        assert (tmp_path / "replay/steps.bin").read_bytes() == before
 
 
 def test_hundred_thousand_steps_fit_in_1_3_gigabytes():
@@ -728,7 +742,7 @@ def test_a_run_that_stops_says_which_epoch_is_saved(run):
 
 def resumed(run, *flags):
     """The run, from its checkpoint."""
-    run.lock.close()
+    run.replay.file.close()
     again = iris_train.build(parse_args(["--resume", str(run.folder), *flags]))
     again.writer = NoWriter()
     return again
@@ -768,7 +782,7 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(run):
 
 def test_steps_that_no_checkpoint_knows_of_are_not_overwritten(run):
     iris_train.collect(run)
-    run.lock.close()
+    run.replay.file.close()
     with pytest.raises(IrisError, match="does not belong to the run's checkpoint"):
         iris_train.build(run.args)
     assert (run.folder / "replay/steps.bin").stat().st_size == 25 * STEP.itemsize
@@ -793,7 +807,7 @@ def test_a_checkpoint_with_zeroed_bytes_is_refused(run):
     content = bytearray(path.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 400] = bytes(400)  # amid the weights
     path.write_bytes(content)
-    with pytest.raises(IrisError, match="no readable checkpoint: it is damaged"):
+    with pytest.raises(IrisError, match="no checkpoint can be read .* it is damaged"):
         load_agent(path)
 
 
@@ -831,12 +845,38 @@ def test_what_a_run_has_already_may_be_said_again_on_resume(run):
     --accumulate 0; --seed -1; --max-grad-norm -1; --tokenizer-learning-rate nan; --actor-critic-batch-size 0;
     --world-model.max-blocks 1; --world-model.heads 3; --world-model.heads 0; --world-model.dropout 2;
     --tokenizer.blocks 1 1; --tokenizer.channels 48 48 48 48 48; --tokenizer.vocab-size 0; --tokenizer.channels 8 8 8 8;
-    --actor-critic.channels 8 8 8 8 8 8 8; --tokenizer.worst-values 0""".split(";"),
+    --actor-critic.channels 8 8 8 8 8 8 8; --tokenizer.worst-values 0; --seed 99999999999999999999999;
+    --tokenizer.channels; --actor-critic.channels; --tokenizer.code-dim 0; --tokenizer.channels 8 0 8 8 8;
+    --world-model.layers -1; --world-model.layers 0; --world-model.width 0; --tokenizer.blocks 0 -1 0 0 0;
+    --actor-critic.lstm-width 0; --device meta; --collect-epsilon 5; --gamma 2; --lambda 5; --max-grad-norm 0;
+    --tokenizer.commitment-weight nan; --tokenizer.revive-after 0; --actor-critic-learning-rate inf; --epochs 1000000000000;
+    --world-model.width 10000000; --world-model.layers 999999; --burn-in 100000 --actor-critic-batch-size 1000;
+    --tokenizer-batch-size 100000000; --world-model-batch-size 100000000; --actor-critic-batch-size 100000000;
+    --init-models; --test-envs 100000""".split(";"),
 )
 def test_numbers_that_no_run_can_have_are_refused_at_the_start(flags, tmp_path):
     with pytest.raises(IrisError) as error:
         iris_train.build(parse_args([*FAST, "--env-id", "Counter-v0", "--run-dir", str(tmp_path), *flags.split()]))
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_help_shows_the_range_of_each_number_that_has_one_of_its_own(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, (least, most) in iris_train.RANGES.items():
+        assert f"{name} {least} to {most:.4g}" in shown
+
+
+@pytest.mark.parametrize("changes", [{"seed": "one"}, {"gamma": None}, {"epochs": 2.5}, {"burn_in": True, "gamma": "1"}])
+def test_arguments_of_another_type_as_in_a_damaged_checkpoint_are_refused(run, changes):
+    iris_train.save_checkpoint(run)
+    path = run.folder / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    content["args"] |= changes
+    torch.save(content, path)
+    with pytest.raises(IrisError, match="has to be of type"):
+        resumed(run)
 
 
 def test_models_that_no_epoch_of_the_run_trains_are_named_in_one_line_each(tmp_path, capsys):
@@ -861,7 +901,7 @@ def test_init_from_takes_over_the_chosen_models_only(run, tmp_path):
     other = iris_train.build(parse_args(argv))  # sizes come along
     assert other.args.world_model == run.args.world_model and other.args.tokenizer == run.args.tokenizer
     argv = [*argv[:-1], str(tmp_path / "fourth"), "--init-models", "world_model"]  # of 512 codes, where there are 32
-    with pytest.raises(IrisError, match="world_model of .* does not fit .*--init-models"):
+    with pytest.raises(IrisError, match="can't take the world_model of .*--init-models"):
         iris_train.build(parse_args(argv))
 
 
