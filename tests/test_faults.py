@@ -1,9 +1,10 @@
 """Fault injection: real processes that are killed at random and at named moments, and a table of bad inputs.
 
-Run it alone, with its counts:   python tests/test_faults.py
+Run it alone:   pytest tests/test_faults.py -m slow
 
 A fork server imports the programs once; each process is a fork of it that runs a program's file as `__main__`.
 """
+import functools
 import itertools
 import json
 import multiprocessing
@@ -42,10 +43,9 @@ def program(name: str, argv: list[str], folder: str, killed_at: tuple | None, en
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if killed_at:
         place, wanted, before = killed_at
-        owner, attribute = place.split(":")
-        for part in owner.split(".")[1:]:
-            import_module(owner.split(".")[0])
-        owner = import_module(owner) if owner in sys.modules else getattr(import_module(owner.rpartition(".")[0]), owner.rpartition(".")[2])
+        name_of_module, _, attributes = place.partition(":")  # "module:Class.method" or "module:function"
+        *owners, attribute = attributes.split(".")
+        owner = functools.reduce(getattr, owners, import_module(name_of_module))
         original, calls = getattr(owner, attribute), itertools.count(1)
 
         def deadly(*arguments, **options):
@@ -106,30 +106,37 @@ def runner(tmp_path_factory):
 
 # --- Kills ------------------------------------------------------------------------------------------------------------
 MOMENTS = {  # what is going on -> the function in whose n-th call the process is killed
-    "a file is written, not yet on disk": ("os:fsync", (2, 3, 4, 6, 7)),
-    "a checkpoint or an episode is renamed": ("pathlib.Path:replace", (1, 2, 3, 5, 6)),
-    "old episodes are deleted": ("pathlib.Path:unlink", (1, 2, 4)),
+    "a file is written, not yet on disk": ("os:fsync", (2, 3, 5)),
+    "a checkpoint or an episode is renamed": ("pathlib:Path.replace", (1, 2, 4)),
+    "old episodes are deleted": ("pathlib:Path.unlink", (1, 3)),
     "a picture is written": ("cv2:imwrite", (1, 2)),
-    "test games are played": ("gymnasium.vector.SyncVectorEnv:step", (1, 3)),
-    "a game is played, or repeated on resuming": ("tests.games.Counter:step", (1, 5, 17, 40)),
-    "a model is trained": ("torch.optim.Optimizer:zero_grad", (1, 4, 7)),
-    "TensorBoard is written": ("torch.utils.tensorboard.SummaryWriter:flush", (1, 2)),
+    "test games are played": ("gymnasium.vector:SyncVectorEnv.step", (1, 3)),
+    "a game is played, or repeated on resuming": ("tests.games:Counter.step", (1, 17, 40)),
+    "a model is trained": ("torch.optim:Optimizer.zero_grad", (1, 5)),
+    "TensorBoard is written": ("torch.utils.tensorboard:SummaryWriter.flush", (1, 2)),
 }  # fmt: skip
 
 
-def say(text: str) -> None:
-    print(text, file=sys.__stderr__, flush=True)
+@pytest.fixture
+def say(capsys):
+    """Prints the counts, though pytest keeps what tests print."""
+
+    def print_it(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n{text}", flush=True)
+
+    return print_it
 
 
 @pytest.mark.parametrize("game", ["Counter", "Breakout"])
-def test_runs_killed_at_named_and_random_moments_end_bit_for_bit_as_one_never_interrupted(runner, tmp_path, game):
+def test_runs_killed_at_named_and_random_moments_end_bit_for_bit_as_one_never_interrupted(runner, tmp_path, game, say):
     arguments = [*FAST, *(COUNTER if game == "Counter" else BREAKOUT), "--epochs", 4, "--seed", 3]
     began = time.perf_counter()
     assert runner.run("iris_train.py", *arguments, "--run-dir", tmp_path / "whole")[0] == 0
     seconds, rng, kills, folder = time.perf_counter() - began, np.random.default_rng(0), 0, tmp_path / "killed"
     places = [(place, n, before) for place, ns in MOMENTS.values() for n in ns for before in (True, False)]
     if game == "Breakout":
-        places = [(place.replace("tests.games.Counter", "ale_py.env.AtariEnv"), n, b) for place, n, b in places[::4]]
+        places = [(place.replace("tests.games:Counter", "ale_py.env:AtariEnv"), n, b) for place, n, b in places[::5]]
 
     def go_on() -> list:
         """Arguments to go on with what is on disk."""
@@ -143,7 +150,7 @@ def test_runs_killed_at_named_and_random_moments_end_bit_for_bit_as_one_never_in
         if code == 0:  # it was done: begin another
             assert_equal_runs(tmp_path / "whole", folder)
             shutil.rmtree(folder)
-    for _ in range(10):
+    for _ in range(8 if game == "Counter" else 4):
         process = runner.start("iris_train.py", *go_on())
         process.join(rng.uniform(0.1, 1.0) * seconds)
         process.kill()
@@ -156,8 +163,8 @@ def test_runs_killed_at_named_and_random_moments_end_bit_for_bit_as_one_never_in
         code, out, err, _ = runner.run("iris_train.py", *go_on())
         assert code == 0, err
     assert_equal_runs(tmp_path / "whole", folder)
-    assert kills >= (40 if game == "Counter" else 10)
-    say(f"\n{game}: {kills} kills, weights, optimisers, generators and replay bit for bit as without")
+    assert kills >= (36 if game == "Counter" else 6)
+    say(f"{game}: {kills} kills, weights, optimisers, generators and replay bit for bit as without")
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
@@ -166,8 +173,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
         content.pop("args")  # they name the run folder
     assert_same(ours, theirs)
     assert (one / "replay/steps.bin").read_bytes() == (other / "replay/steps.bin").read_bytes()
-    for folder in (one, other):
-        assert not list(folder.rglob("*.tmp")) or folder is other  # of a killed process, until that file is written anew
+    assert not [*one.rglob("*.tmp"), *other.rglob("*.tmp")]  # a killed process leaves some, which are written anew
     names = [sorted(path.name for path in (folder / "media").rglob("*.png")) for folder in (one, other)]
     assert names[0] == names[1]
     for path in (one / "media/episodes").rglob("*.npz"):
@@ -179,8 +185,8 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 NUMBERS = """
     --seed -1; --seed 99999999999999999999999; --epochs 0; --epochs -3; --epochs 1000000000000; --collect-epochs 0;
     --collect-steps 0; --collect-steps -5; --collect-epsilon -0.1; --collect-epsilon 5; --collect-epsilon nan;
-    --collect-temperature -1; --collect-temperature inf; --collect-hold 0; --noop-max 0; --max-frames 0; --max-frames -1;
-    --tokenizer-from 0; --tokenizer-until -1; --tokenizer-steps 0; --tokenizer-batch-size 0;
+    --collect-temperature -1; --collect-temperature inf; --collect-hold 0; --noop-max 0; --max-frames 0;
+    --max-frames -1; --tokenizer-from 0; --tokenizer-until -1; --tokenizer-steps 0; --tokenizer-batch-size 0;
     --tokenizer-batch-size 100000000; --tokenizer-learning-rate -1; --tokenizer-learning-rate nan; --world-model-from 0;
     --world-model-steps 0; --world-model-batch-size 0; --world-model-batch-size 100000000;
     --world-model-learning-rate inf; --world-model-weight-decay -0.1; --actor-critic-from 0; --actor-critic-steps -1;
@@ -246,7 +252,7 @@ PLAY = {
     "half of one": ("--run-dir {half} --evaluate 1", "damaged"),
     "zeroes in one": ("--run-dir {zeroed} --world-model", "damaged"),
     "a string in one": ("--run-dir {seedone}", "has to be of type int"),
-    "the wrong game": ("--checkpoint {published} --env-id PongNoFrameskip-v4 --evaluate 1", "actions"),
+    "the wrong game": ("--checkpoint {published} --env-id BreakoutNoFrameskip-v4 --evaluate 1", "actions"),
     "an unknown game": ("--human --env-id Brekout-v4", "no environment"),
     "no published game": ("--pretrained Brekout", "no environment"),
     "no network": ("--pretrained Breakout", "can't fetch it"),
@@ -300,7 +306,8 @@ def files(runner, tmp_path_factory):
     (folder / "folder").mkdir()
     torch.save(reference.official_state_dict(6), folder / "Pong.pt")
     return {path.name: path for path in folder.iterdir()} | {
-        "nowhere": folder / "nowhere", "published": folder / "Pong.pt", "models": ROOT / "results/models", "fast": " ".join(FAST)
+        "nowhere": folder / "nowhere", "published": folder / "Pong.pt", "models": ROOT / "results/models",
+        "fast": " ".join(FAST),
     }  # fmt: skip
 
 
@@ -308,7 +315,7 @@ def snapshot(folder: Path) -> dict:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_every_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing_behind(runner, files):
+def test_every_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing_behind(runner, files, say):
     cases = {f"train {flags}": ("iris_train.py", flags, f"error: {flags.split()[0]}|error: no model|error: such models")
              for flags in map(str.strip, NUMBERS.split(";"))}  # fmt: skip
     cases |= {name: ("iris_train.py", *case) for name, case in TRAIN.items()}
@@ -328,20 +335,21 @@ def test_every_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing_behind(r
     assert not wrong, "\n".join(wrong)
     assert snapshot(files["run"].parent) == before
     assert len(cases) >= 100
-    say(f"\n{len(cases)} bad inputs: exit code 2 and one line on stderr, nothing left behind")
+    say(f"{len(cases)} bad inputs: exit code 2 and one line on stderr, nothing left behind")
 
 
-def test_a_disk_that_is_full_at_any_size_is_one_line_and_loses_nothing(runner, tmp_path):
-    folder, sizes = tmp_path / "run", (1, 20_000, 100_000, 200_000, 400_000)
+def test_a_disk_that_is_full_at_any_size_is_one_line_and_loses_nothing(runner, tmp_path, say):
+    folder, sizes = tmp_path / "run", (5_000, 100_000, 400_000)
     for size in sizes:
-        code, _, err, _ = runner.run("iris_train.py", *FAST, *COUNTER, "--epochs", 2, "--run-dir", tmp_path / str(size), limit=size)
+        arguments = [*FAST, *COUNTER, "--epochs", 2, "--run-dir", tmp_path / str(size)]
+        code, _, err, _ = runner.run("iris_train.py", *arguments, limit=size)
         assert code == 2 and len(err.strip().splitlines()) == 1 and "File too large" in err and "saved" in err, err
     assert runner.run("iris_train.py", *FAST, *COUNTER, "--epochs", 1, "--run-dir", folder)[0] == 0
     before = (folder / "checkpoint.pt").read_bytes()
     code, _, err, _ = runner.run("iris_train.py", "--resume", folder, "--epochs", 2, limit=len(before) // 2)
     assert code == 2 and "Epoch 1 is saved" in err and (folder / "checkpoint.pt").read_bytes() == before
     assert runner.run("iris_train.py", "--resume", folder, "--epochs", 2)[0] == 0
-    say(f"\n{len(sizes) + 1} full disks: one line, what was saved is whole")
+    say(f"{len(sizes) + 1} full disks: one line, what was saved is whole")
 
 
 def test_a_temporary_folder_that_is_full_or_missing_does_not_matter(runner, tmp_path):
@@ -349,7 +357,3 @@ def test_a_temporary_folder_that_is_full_or_missing_does_not_matter(runner, tmp_
     arguments = [*FAST, *COUNTER, "--epochs", 2, "--run-dir", tmp_path / "run"]
     code, _, err, _ = runner.run("iris_train.py", *arguments, environment=environment)
     assert code == 0 and json.loads((tmp_path / "run/args.json").read_text())["epochs"] == 2, err
-
-
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-m", "slow", "-q"]))
