@@ -149,10 +149,9 @@ def train_and_evaluate(folder: Path, argv: list[str], games: int, cpus: int) -> 
 
     with open(folder / "log.txt", "a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
         where = f"start on {socket.gethostname()}, process {os.getpid()}, {torch.get_num_threads()} threads"
-        print(f"{where}, node {ray.get_runtime_context().get_node_id()}\nbegins, once no other process trains here")
+        print(f"{where}, node {ray.get_runtime_context().get_node_id()}\nbegins, once no other task has this run")
         try:
-            with open(folder / ".lock", "a") as lock:  # a process on a lost machine may have it, until that notices
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(log, fcntl.LOCK_EX)  # a process on a lost machine may hold it, until that notices
             begun = (folder / "checkpoint.pt").exists()
             args = iris_train.parse_args(["--resume", str(folder)] if begun else argv)
             iris_train.main(args)
