@@ -1,28 +1,34 @@
-"""How fast is it, and against what? `python results/benchmark.py` (a quarter of an hour on two cores); README, "Speed".
+"""How fast is it, and against what? `python results/benchmark.py`; results/README.md, "Speed".
 
 It measures the project beside a plain version of the same mathematics, written below as one would write it first:
 separate products for queries, keys and values, attention as a masked softmax, a cache that grows by copying, 17 passes
 for a dreamed frame, and frames that are encoded and reconstructed whenever a sample needs them; in torch's own memory
 layout, optimisers and memory allocation. Both are held against
 what the machine reaches when it does nothing but multiply or convolve. Each measurement has a process of its own, so
-that memory peaks are its own, and takes the best of a few repetitions (dreams: of one, after one to warm up).
+that memory peaks are its own, and takes the best of a few repetitions (dreams on a CPU: of one, after one to warm up).
+
+With `--tables plain`, that is all; it takes a quarter of an hour on two cores. Two more tables, `--tables phases
+sharing`, need no plain version: an epoch by its phases, timed in parts of real epochs (`iris_train.collect`, `optimise`
+and `encode_replay`), and what several runs get done that share the machine. A measurement that fails, as where the GPU
+has too little memory, is nan in its table and is named at the end.
 
 `Plain` is also the reference of `test_speed.py`, which shows that it computes the same.
 """
 import dataclasses
 import json
 import math
+import os
 import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Callable, Literal
 
 import numpy as np
 import torch
@@ -34,9 +40,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import iris_train  # noqa: E402
 from iris_agent import Agent, actor_critic_loss, imagine  # noqa: E402
+from iris_tokenizer import Lpips  # noqa: E402
 from iris_train import (  # noqa: E402
-    PRESETS, Args, Replay, build_agent, choose_device, make_optimizers, to_model, to_stored,
+    PRESETS, STEP, Args, Replay, build_agent, choose_device, make_optimizers, to_model, to_stored,
 )  # fmt: skip
 from iris_world_model import CompiledDream, Dream  # noqa: E402
 
@@ -260,8 +268,11 @@ class Options:
 
     preset: Literal["paper", "laptop", "catch"] = "paper"  # Sizes
     device: str = "auto"  # cuda, cpu, ...
+    tables: tuple[Literal["plain", "phases", "sharing"], ...] = ("phases", "plain", "sharing")  # What to print
     json: str = ""  # File to keep the figures in
     repeat: int = 3  # Repetitions of each measurement, of which the best counts
+    updates: int = 0  # Phases: the policy's updates in the part of an epoch that is timed; 0 is 10 on a GPU, else 2
+    seconds: float = 10.0  # Sharing: how long the runs are watched
     # For the program's own use: one measurement, in this process
     only: str = ""
 
@@ -316,6 +327,8 @@ def measure(options: Options) -> dict:
     args = PRESETS[options.preset]
     device, _ = choose_device(Args(device=options.device))
     torch.manual_seed(0)
+    if what in ("phases", "sharing"):
+        return (phases if what == "phases" else share)(options, device, precision, compiled=who == "compiled")
     if what == "ceiling":
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         return {"gflops": ceiling(detail[0], dtype, device, args, options.repeat)}
@@ -436,9 +449,9 @@ def measure(options: Options) -> dict:
         n = 1
         with tempfile.TemporaryDirectory() as folder:
             replay = Replay(Path(folder))
-            for step in range(10_000):
-                replay.append(np.zeros((64, 64, 3), np.uint8), 0, 0.0, step % 100 == 99)
-            replay.flush()
+            steps = np.zeros(10_000, STEP)
+            steps["ends"][99::100] = 1
+            replay.extend(steps)
             rng = np.random.default_rng(0)
 
             def draw() -> None:
@@ -457,7 +470,7 @@ def measure(options: Options) -> dict:
     else:
         raise SystemExit(f"there is no measurement {options.only}")
 
-    slow = what in ("imagine", "actor_critic")  # up to a minute each time
+    slow = what in ("imagine", "actor_critic") and device.type == "cpu"  # up to a minute each time
     seconds = timed(run, device, 1 if slow else options.repeat) / n
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device.type == "cuda":
@@ -494,7 +507,149 @@ def operators(function) -> int:
     return count.total()
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
+# --- epochs ----------------------------------------------------------------------------------------------------------
+
+FRAMES = 10_000  # in replay, for the time that their tokens take
+MODES = {
+    "ours/bf16": "bf16", "compiled/bf16": "bf16, --compile", "ours/fp32": "fp32", "compiled/fp32": "fp32, --compile",
+}  # fmt: skip
+
+
+def begin_run(options: Options, device: torch.device, precision: str, compiled: bool, folder: str) -> iris_train.Run:
+    """A run that has played a little. With the paper's sizes it has a perceptual loss of random weights."""
+    args = dataclasses.replace(
+        PRESETS[options.preset], device=str(device), precision=precision, compile=compiled, perceptual_loss="pixel",
+        run_dir=folder, collect_steps=64,
+    )  # fmt: skip
+    run = iris_train.build(args)
+    if options.preset == "paper":
+        run.lpips = random_lpips().to(device)
+    iris_train.collect(run)
+    return run
+
+
+def random_lpips() -> Lpips:
+    """The paper's perceptual loss, without its 530 MB of weights: the time does not depend on them."""
+    convolutions, channels, index = {}, 3, 0
+    for widths in ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3):
+        for width in widths:
+            convolutions[f"features.{index}.weight"] = torch.randn(width, channels, 3, 3) / (3 * channels**0.5)
+            convolutions[f"features.{index}.bias"] = torch.zeros(width)
+            channels, index = width, index + 2
+        index += 1
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}
+    return Lpips(convolutions, linear)
+
+
+def part_of_epoch(run: iris_train.Run, updates: int) -> dict[str, float]:
+    """Trains the part of an epoch in which the policy has this many updates -> each phase's seconds for a whole epoch.
+    All frames in replay are given tokens, as after a tokenizer's training; the seconds are those of FRAMES."""
+    args, whole, seconds = run.args, PRESETS[run.args.preset], {}
+
+    def timed_phase(name: str, scale: float, function: Callable, *arguments) -> None:
+        synchronise(run.device)
+        began = time.perf_counter()
+        function(run, *arguments)
+        synchronise(run.device)
+        seconds[name] = (time.perf_counter() - began) * scale
+
+    def steps(name: str) -> float:  # sets the part's steps -> how many times they fit into an epoch
+        count = max(1, getattr(whole, name) * updates // whole.actor_critic_steps)
+        setattr(args, name, count)
+        return getattr(whole, name) / count
+
+    def train(name: str) -> None:
+        losses_of = getattr(iris_train, f"{name}_losses")
+        timed_phase(name, steps(f"{name}_steps"), iris_train.optimise, name, losses_of)
+
+    timed_phase("play", steps("collect_steps"), iris_train.collect)
+    train("tokenizer")
+    run.tokens = None
+    timed_phase("tokens", FRAMES / len(run.replay), iris_train.encode_replay)
+    train("world_model")
+    train("actor_critic")
+    return seconds
+
+
+def phases(options: Options, device: torch.device, precision: str, compiled: bool) -> dict:
+    """Seconds of an epoch's phases, peak memory in GB, and launches of a dreamed frame (on a CPU: operators)."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = begin_run(options, device, precision, compiled, folder)
+        updates = options.updates or (10 if device.type == "cuda" else 2)
+        part_of_epoch(run, 3 if device.type == "cuda" else 1)  # warms up; three dreams compile, record and replay
+        result: dict = part_of_epoch(run, updates)
+        result["peak_gb"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+        if device.type == "cuda":
+            result["peak_gb"] = torch.cuda.max_memory_reserved(device) / 1e9
+        frames = run.replay.frames_at(np.zeros(run.args.actor_critic_batch_size, np.int64), device)
+        actions = torch.zeros(len(frames), dtype=torch.int64, device=device)
+        with run.autocast(), torch.no_grad():
+            run.dream.reset(frames)
+            run.dream.step(actions)
+            if device.type == "cuda":
+                result["launches"] = launches(lambda: run.dream.step(actions))
+            elif not compiled:
+                result["launches"] = operators(lambda: run.dream.step(actions))
+        return result
+
+
+STARTS = re.compile(r"(cuda|cu|hip)(Graph|Module)?(Launch|Mem(cpy|set)\w*Async)")
+
+
+def launches(function) -> int:
+    """How often a call makes the host start something on the GPU: a kernel, a copy, or a whole CUDA graph."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    return sum(STARTS.match(event.name) is not None for event in profile.events())
+
+
+def share(options: Options, device: torch.device, precision: str, compiled: bool) -> dict:
+    """One of the runs that share the machine: gets ready, waits for a line, and then works until its time is over."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = begin_run(options, device, precision, compiled, folder)
+        part_of_epoch(run, 3 if device.type == "cuda" else 1)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        began, updates, spent = time.perf_counter(), 0, 0.0
+        while spent < options.seconds:
+            part_of_epoch(run, 1)
+            updates, spent = updates + 1, time.perf_counter() - began
+        return {"epochs_per_hour": 3600 * updates / spent / PRESETS[options.preset].actor_critic_steps}
+
+
+def run_together(command: list[str], count: int) -> float:
+    """Starts `count` processes of `share` at once, each with its share of the threads -> epochs an hour of them all.
+    Raises RuntimeError if one of them fails: then that many do not fit."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    children = [subprocess.Popen(command, **pipes, text=True, env=environment) for _ in range(count)]
+    try:
+        ready = [child.stdout.readline() == "ready\n" for child in children]
+        for child in children if all(ready) else ():
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        if not all(ready):
+            raise RuntimeError(last_line(children[ready.index(False)].communicate()[1]))
+        total = 0.0
+        for child in children:
+            output, errors = child.communicate()
+            if child.returncode:
+                raise RuntimeError(last_line(errors))
+            total += json.loads(output.splitlines()[-1])["epochs_per_hour"]
+        return total
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1]
+
+
+# --- the tables ------------------------------------------------------------------------------------------------------
 
 ITEMS = {
     "tokenizer": "tokenizer training, a frame",
@@ -508,25 +663,78 @@ ITEMS = {
 
 def main(options: Options) -> None:
     figures: dict[str, dict] = {}
+    failed: list[str] = []
     base = [sys.executable, __file__, "--preset", options.preset, "--device", options.device]
-    args = PRESETS[options.preset]
+    base += ["--repeat", str(options.repeat), "--updates", str(options.updates), "--seconds", str(options.seconds)]
 
-    def figure(name: str) -> dict:
-        if name not in figures:
+    def figure(name: str, count: int = 1) -> dict:
+        """A measurement in a process of its own; with "sharing/...", in `count` of them at once."""
+        command, key = [*base, "--only", name], f"{name}/{count}" if name.startswith("sharing") else name
+        if key not in figures:
             if sys.stderr.isatty():
-                print(f"\r{name:60}", end="", file=sys.stderr, flush=True)
-            command = [*base, "--repeat", str(options.repeat), "--only", name]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"error: the measurement {name} failed: {done.stderr.strip().splitlines()[-1]}")
-            figures[name] = json.loads(done.stdout.splitlines()[-1])
-        return figures[name]
+                print(f"\r{key:60}", end="", file=sys.stderr, flush=True)
+            try:
+                if name.startswith("sharing"):
+                    figures[key] = {"epochs_per_hour": run_together(command, count)}
+                else:
+                    done = subprocess.run(command, capture_output=True, text=True)
+                    if done.returncode:
+                        raise RuntimeError(last_line(done.stderr))
+                    figures[key] = json.loads(done.stdout.splitlines()[-1])
+            except RuntimeError as error:
+                failed.append(f"{key} ({error})")
+                figures[key] = defaultdict(lambda: math.nan)
+        return figures[key]
 
+    device, bf16 = choose_device(Args(device=options.device))
+    print(f"\n{options.preset} sizes, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'no GPU'}", flush=True)  # fmt: skip
+    if "phases" in options.tables:
+        print_phases(options, figure, device)
+    if "plain" in options.tables:
+        print_comparison(options, figure)
+    if "sharing" in options.tables:
+        print_sharing(options, figure, device, "bf16" if bf16 else "fp32")
+    if options.json:
+        content = {"options": dataclasses.asdict(options), "torch": torch.__version__, "figures": figures}
+        Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
+    if failed:
+        raise SystemExit("error: these measurements failed: " + "; ".join(failed))
+
+
+def print_phases(options: Options, figure: Callable, device: torch.device) -> None:
+    """A row for each way to compute, as soon as it is measured. Compiling is for GPUs: see `iris_train.Args`."""
+    whole, cuda = PRESETS[options.preset], device.type == "cuda"
+    columns = [f"play, {whole.collect_steps:,} steps", f"tokens of {FRAMES:,} frames"]
+    for name, unit in (("tokenizer", "frames"), ("world_model", "sequences"), ("actor_critic", "dreams")):
+        steps, size = getattr(whole, f"{name}_steps"), getattr(whole, f"{name}_batch_size")
+        columns.append(f"{name.replace('_', ' ')}, {steps:,} x {size} {unit}")
+    columns += ["all", "peak GB", f"{'launches' if cuda else 'operators'} a dreamed frame"]
+    print(f"\n| an epoch, s | {' | '.join(columns)} |\n{'| --- ' * (1 + len(columns))}|", flush=True)
+    for mode, text in MODES.items():
+        if cuda or mode.startswith("ours"):
+            row = figure(f"phases/{mode}")
+            seconds = [row[name] for name in ("play", "tokens", "tokenizer", "world_model", "actor_critic")]
+            shown = " | ".join(f"{value:.1f}" for value in (*seconds, sum(seconds), row["peak_gb"]))
+            print(f"| {text} | {shown} | {row['launches']:,} |", flush=True)
+
+
+def print_sharing(options: Options, figure: Callable, device: torch.device, precision: str) -> None:
+    """Runs at once: up to eight on a GPU, on a CPU up to one a thread."""
+    print(f"\n| runs at once, {precision} | epochs an hour, all together | of one run |", flush=True)
+    print("| --- | --- | --- |", flush=True)
+    for count in (1, 2, 4, 8):
+        if device.type == "cuda" or count <= torch.get_num_threads():
+            alone, speed = (figure(f"sharing/ours/{precision}", n)["epochs_per_hour"] for n in (1, count))
+            print(f"| {count} | {speed:.2f} | {speed / alone:.0%} |", flush=True)
+
+
+def print_comparison(options: Options, figure: Callable) -> None:
+    """The project beside its plain version, beside the machine, and ideas alone."""
+    args = PRESETS[options.preset]
     ceilings = {}
     for kind in ("product", "convolution, NCHW", "convolution, channels last"):
         ceilings[kind] = [figure(f"ceiling/ours/{precision}/{kind}")["gflops"] for precision in ("fp32", "bf16")]
-    print(f"\n{options.preset} sizes, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-          f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}")  # fmt: skip
     print("\n| the machine alone, GFLOP/s | fp32 | bf16 |\n| --- | --- | --- |")
     for kind, speeds in ceilings.items():
         training = "" if kind == "product" else ", forwards and backwards"
@@ -594,10 +802,6 @@ def main(options: Options) -> None:
     batch = figure("batch/ours/fp32")["seconds"]
     step = figure("tokenizer/ours/bf16")["seconds"] * args.tokenizer_batch_size
     print(f"| prefetching: getting a batch takes {batch * 1e3:.1f} ms of a tokenizer step's | {step * 1e3:.0f} | |")
-
-    if options.json:
-        content = {"options": dataclasses.asdict(options), "torch": torch.__version__, "figures": figures}
-        Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

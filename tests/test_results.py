@@ -1,6 +1,8 @@
 """The promises of the scripts in results/."""
 import dataclasses
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,22 @@ def test_models_that_come_with_the_clone_load_and_are_small(path):
     assert path.stat().st_size < 5e6 and path.stem in args.env_id.lower() and not args.run_dir
     frames = torch.rand(1, 3, 64, 64)
     assert (agent.tokenizer.reconstruct(frames) - 0.5).abs().max() <= 0.5 and agent.world_model.num_actions > 1
+
+
+# --- a GPU for ten minutes --------------------------------------------------------------------------------------------
+def test_the_gpu_check_goes_on_after_a_step_that_fails_or_takes_too_long_and_names_both_at_the_end(tmp_path):
+    python = tmp_path / "python"
+    cases = 'case "$*" in *"-m pytest"*) exit 3;; *phases*) sleep 99;; esac'
+    python.write_text(f'#!/bin/sh\necho "$@"\n{cases}\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "GPU_CHECK_SECONDS": "15", "IRIS_TEST_DEVICE": "cpu"}
+    command = [RESULTS / "gpu_check.sh", "figures"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    failed = (tmp_path / "figures/failed.txt").read_text().splitlines()
+    assert failed == ["FAILED: tests (exit code 3)", "FAILED: phases (stopped after 5 s)"]
+    assert all(line in result.stdout for line in failed)
+    assert "--tables sharing" in (tmp_path / "figures/sharing.txt").read_text()  # the last step ran all the same
 
 
 # --- README -----------------------------------------------------------------------------------------------------------

@@ -1,17 +1,20 @@
 """What was made fast still computes what the plain version does (`benchmark.Plain`), to rounding in float32 and within
 the bounds stated here in bfloat16; and the counts that the speed rests on. Seconds are measured by benchmark.py."""
 import json
+import math
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import benchmark
 import reference
-from benchmark import Plain, PlainDream, operators
+from benchmark import Plain, PlainDream, operators, run_together
 from iris_agent import official_agent
 from iris_tokenizer import Tokenizer, TokenizerConfig
 from iris_train import PRESETS, build_agent
@@ -167,12 +170,40 @@ def test_compiled_dreams_are_the_same_dreams_with_one_graph_a_kind_of_pass_and_n
     assert counters["stats"]["unique_graphs"] == 12
 
 
+def test_what_starts_something_on_a_gpu_is_a_launch_and_waiting_or_recording_is_none():
+    launches = """cudaLaunchKernel cudaLaunchKernelExC cudaLaunchCooperativeKernel cuLaunchKernel cuLaunchKernelEx
+        cudaGraphLaunch cudaMemcpyAsync cudaMemsetAsync cudaMemcpy2DAsync"""
+    others = "cudaStreamSynchronize cudaGraphInstantiate cudaMalloc cudaEventRecord aten::mm void at::native::kernel<4>"
+    assert all(map(benchmark.STARTS.match, launches.split())) and not any(map(benchmark.STARTS.match, others.split()))
+
+
+def test_runs_that_share_the_machine_begin_together_and_one_that_fails_is_named():
+    ready, fails = "print('ready', flush=True); assert input() == 'go'", "raise SystemExit('no memory')"
+    child = f"{ready}; print('{{\"epochs_per_hour\": 1.5}}')"
+    assert run_together([sys.executable, "-c", child], 3) == 4.5
+    for child in (fails, f"{ready}; {fails}"):
+        with pytest.raises(RuntimeError, match="no memory"):
+            run_together([sys.executable, "-c", child], 2)
+
+
+def test_a_measurement_that_failed_is_nan_in_its_table(capsys):
+    nothing = defaultdict(lambda: math.nan)
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        benchmark.print_phases(benchmark.Options(), lambda *_: nothing, device)
+        benchmark.print_sharing(benchmark.Options(), lambda *_: nothing, device, "bf16")
+        text = capsys.readouterr().out
+        assert "| bf16 | nan | nan |" in text and "| 1 | nan | nan% |" in text
+        assert ("--compile" in text) == (device.type == "cuda")
+
+
 @pytest.mark.slow
 def test_the_benchmark_runs_from_end_to_end(tmp_path):
     path = Path(__file__).parents[1] / "results/benchmark.py"
     command = [sys.executable, path, "--preset", "catch", "--repeat", "1", "--device", "cpu", "--json", tmp_path / "f"]
+    command += ["--updates", "1", "--seconds", "0.1"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "operators that compute" in result.stdout
+    for heading in ("operators that compute", "operators a dreamed frame", "epochs an hour, all together"):
+        assert heading in result.stdout
     figures = json.loads((tmp_path / "f").read_text())["figures"]
     assert all(figure["seconds"] > 0 for figure in figures.values() if "seconds" in figure) and len(figures) > 30
