@@ -174,11 +174,11 @@ def test_a_resumed_run_has_weights_moments_and_random_draws_of_the_one_that_stop
 def test_a_run_that_was_begun_on_one_device_goes_on_on_another(tmp_path):
     run = build(tmp_path / "run", *FAST, "--device", str(DEVICE))
     train(run, 1)
-    run.lock.close()
+    run.replay.file.close()
     again = iris_train.build(parse_args(["--resume", str(tmp_path / "run"), "--device", "cpu", "--epochs", "2"]))
     again.writer = NoWriter()
     train(again, 2)
-    again.lock.close()
+    again.replay.file.close()
     back = iris_train.build(parse_args(["--resume", str(tmp_path / "run"), "--device", str(DEVICE), "--epochs", "3"]))
     back.writer = NoWriter()
     train(back, 3)
