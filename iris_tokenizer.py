@@ -229,17 +229,17 @@ class Tokenizer(nn.Module):
         self.codebook = Codebook(config.vocab_size, config.code_dim)
         self.post_quantization = nn.Conv2d(config.code_dim, config.code_dim, kernel_size=1)
         self.decoder = build_decoder(config)
-        self.to(memory_format=torch.channels_last)  # for speed, as all channels_last here
+        self.to(memory_format=torch.channels_last)  # for speed; the weights' layout decides that of all that follows
 
     def encoder_outputs(self, frames: Tensor) -> Tensor:
         """Frames (N, 3, 64, 64) float32 in [0, 1] -> vectors z (N, K, D) float32, with gradient."""
-        x = ((frames - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = ((frames - self.mean) / self.std).contiguous()
         return self.pre_quantization(self.encoder(x)).flatten(2).transpose(1, 2).float()
 
     def decoder_outputs(self, codes: Tensor) -> Tensor:
         """Codes (N, K, D) -> frames (N, 3, 64, 64) float32, about in [0, 1] but not clamped, with gradient."""
         side = FRAME_SIZE >> (len(self.config.channels) - 1)  # 4
-        x = codes.transpose(1, 2).unflatten(2, (side, side))  # (N, D, 4, 4)
+        x = codes.transpose(1, 2).unflatten(2, (side, side)).contiguous()  # (N, D, 4, 4)
         return self.decoder(self.post_quantization(x)).float() * self.std + self.mean
 
     @torch.no_grad()

@@ -9,8 +9,7 @@ section 2 and appendix A). Tokenizer and world model learn from real play, the p
     +----------------------------------------------------------------------------------------------+
          epochs 1 to 500   from epoch 6                        from epoch 26       from epoch 51
 
-Run it:   python iris_train.py --env-id BreakoutNoFrameskip-v4                    # the paper's run, for a GPU
-          python iris_train.py --env-id BreakoutNoFrameskip-v4 --preset laptop    # small models, for a CPU
+Run it:   python iris_train.py --env-id BreakoutNoFrameskip-v4    # the paper's run; without a GPU --preset laptop
           python iris_train.py --resume runs/...                                  # goes on as if never stopped
 Read it:  arguments, all of them the paper's by default; environment, replay; then `train`, the algorithm, and what it
 calls; checkpoints and start-up last. [paper] is IRIS or its code, [Delta-IRIS] arXiv 2406.19320, [ours] neither.
@@ -25,13 +24,14 @@ import signal
 import subprocess
 import sys
 import time
+import timeit
 import zipfile
 from collections import defaultdict, deque
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Callable, Literal, get_args
 
-import ale_py
+import ale_py  # registers Atari's games
 import gymnasium as gym
 import numpy as np
 import torch
@@ -51,7 +51,8 @@ class IrisError(Exception):
 
 
 # --- Arguments --------------------------------------------------------------------------------------------------------
-Preset = Literal["paper", "laptop", "catch"]
+Preset = Literal["auto", "paper", "laptop", "catch"]
+Precision = Literal["auto", "fp32", "bf16", "fp32-nchw", "bf16-nchw"]
 Model = Literal["tokenizer", "world_model", "actor_critic"]
 
 
@@ -60,13 +61,12 @@ class Args:
     """Trains IRIS on one game. The defaults are the paper's (appendix A and the published configuration)."""
 
     env_id: str = "BreakoutNoFrameskip-v4"  # A gymnasium id; `module:Env-v0` imports the module first
-    preset: Preset = "paper"  # What the other arguments default to: the paper's, a CPU's, or those for tests/catch.py
+    preset: Preset = "paper"  # What the others default to: a GPU's, a CPU's, tests/catch.py's; auto: what there is
     seed: int = 1  # Seed of everything random
     device: str = "auto"  # cuda, cpu, ...; auto takes a GPU where there is one
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 where the hardware multiplies in it
+    precision: Precision = "auto"  # nchw: convolutions with channels first; auto: the fastest here, by measurement
     compile: bool = False  # torch.compile the dream; for GPUs; compiling takes a minute at first
-    # lpips is the paper's and needs two weight files, pixel is Delta-IRIS's and needs none; auto is lpips if possible
-    perceptual_loss: Literal["auto", "lpips", "pixel"] = "auto"
+    perceptual_loss: Literal["auto", "lpips", "pixel"] = "auto"  # lpips [paper] needs files, pixel [Delta-IRIS] none
     run_dir: str = ""  # Folder of the run; empty is runs/{env_id}__iris__{seed}__{time}
     resume: str = ""  # Folder of a run to go on with; all other arguments default to those of that run
     init_from: str = ""  # Checkpoint of a run, or a published one, whose weights to start from
@@ -91,7 +91,6 @@ class Args:
     world_model_steps: int = 200  # Optimiser steps an epoch
     world_model_batch_size: int = 64  # Sequences a step, each of world_model.max_blocks steps of play
     world_model_learning_rate: float = 1e-4  # Learning rate of AdamW
-    world_model_weight_decay: float = 0.01  # Weight decay of AdamW, on the weights of linear layers
     actor_critic_from: int = 51  # First epoch that trains the actor-critic
     actor_critic_steps: int = 200  # Optimiser steps an epoch
     actor_critic_batch_size: int = 64  # Dreams a step
@@ -119,10 +118,9 @@ class Args:
 # [ours] Hours on a CPU. Few convolutions at 64x64 pixels, which cost the most; context and horizon are the paper's.
 LAPTOP = Args(
     preset="laptop", epochs=60, collect_epochs=50, collect_steps=2000, max_frames=10_000, draw="steps",
-    tokenizer_from=3, tokenizer_until=14, tokenizer_steps=500, tokenizer_batch_size=16,
-    world_model_from=13, world_model_steps=1000, world_model_batch_size=4,
-    actor_critic_from=18, actor_critic_steps=100, actor_critic_batch_size=16,
-    tokenizer_learning_rate=1e-3, world_model_learning_rate=5e-4, actor_critic_learning_rate=1e-3,
+    tokenizer_from=3, tokenizer_until=14, tokenizer_steps=500, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
+    world_model_from=13, world_model_steps=1000, world_model_batch_size=4, world_model_learning_rate=5e-4,
+    actor_critic_from=18, actor_critic_steps=100, actor_critic_batch_size=16, actor_critic_learning_rate=1e-3,
     burn_in=10, entropy_weight=0.003, gamma=0.99, after_end=False,
     eval_every=10, test_episodes=8, test_max_frames=10_000,
     tokenizer=replace(SMALL_TOKENIZER, vocab_size=512, code_dim=64, blocks=(0, 0, 0, 1, 1), worst_values=12,
@@ -165,11 +163,10 @@ def to_stored(frames: Tensor) -> Tensor:
 
 
 class GameFrames(gym.Wrapper):
-    """A game as IRIS sees it: frames (64, 64, 3) uint8. `screen` is the latest image, (H, W[, 1 or 3]) uint8. In a
-    `...NoFrameskip-v4` game an action lasts 4 raw frames; the frame is the maximum of the last two, each resized first
-    (some objects are drawn in every other one only). With `life_loss_ends` a lost life ends the episode, but not the
-    game: `info["life_lost"]` is True, and `reset()` goes on with one no-op step. Other games have no no-ops and lives.
-    """
+    """A game as IRIS sees it: frames (64, 64, 3) uint8; `screen` is the latest image, (H, W[, 1 or 3]). In a
+    `...NoFrameskip-v4` game an action lasts 4 raw frames, of which the last two are resized, and their maximum taken
+    (some objects are drawn in every other one). With `life_loss_ends` a lost life ends the episode, but not the game:
+    `info["life_lost"]` is True, and `reset()` goes on with one no-op step. Other games have no no-ops and no lives."""
 
     def __init__(self, env: gym.Env, noop_max: int, life_loss_ends: bool):
         super().__init__(env)
@@ -220,7 +217,6 @@ class GameFrames(gym.Wrapper):
 def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_loss_ends: bool = False) -> gym.Env:
     """A game with frames (64, 64, 3) uint8 and Discrete actions, cut off after `max_frames` (raw ones in an Atari game,
     else one a step). The defaults are a test game's. Raises IrisError for an unknown id, other actions, or no image."""
-    gym.register_envs(ale_py)
     gym.logger.min_level = gym.logger.ERROR  # or each game warns that there is a v5, which has sticky actions
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     try:
@@ -248,9 +244,7 @@ class Steps:
     def __init__(self, steps: np.ndarray):
         self.array = steps  # (T,) of STEP
         self.frames, self.actions, self.rewards, self.ends = (steps[name] for name in STEP.names)
-        is_last = self.ends.astype(bool)
-        is_last[-1:] = True  # the last episode may go on
-        self.stops = np.flatnonzero(is_last) + 1
+        self.stops = np.union1d(np.flatnonzero(self.ends) + 1, len(steps))  # the last episode may go on
         self.starts = np.append(0, self.stops[:-1])
 
     def __len__(self) -> int:
@@ -258,10 +252,9 @@ class Steps:
 
     def sample(self, rng: np.random.Generator, n: int, offsets: range, draw: str) -> tuple[np.ndarray, np.ndarray]:
         """n segments of L = len(offsets) steps -> their indices (n, L), and mask (n, L), False for padding.
-
-        An episode is drawn uniformly [paper], or in proportion to its length if `draw` is "steps"; then one of its
-        steps, uniformly. The segment is what lies at the offsets from that step: range(L) starts there, as the world
-        model's do; range(1 - L, 1) stops there, as the actor-critic's do [paper]. Padding repeats the nearest step."""
+        An episode is drawn uniformly [paper], or in proportion to its length if `draw` is "steps"; then a step of it,
+        uniformly. The segment starts there with range(L), as the world model's, and stops there with range(1 - L, 1),
+        as the actor-critic's [paper]. Padding repeats the nearest step."""
         lengths = self.stops - self.starts
         episodes = rng.choice(len(lengths), n, p=lengths / len(self) if draw == "steps" else None)
         starts, stops = self.starts[episodes, None], self.stops[episodes, None]  # (n, 1)
@@ -289,7 +282,7 @@ class Replay(Steps):
         length, epoch = (checkpoint.get("replay_length"), checkpoint["epoch"]) if checkpoint else (0, 0)
         fits = type(length) is int and 0 <= length <= len(self) and (length > 0) == (epoch > 0)
         if not fits or not np.isin(self.actions[:length], range(num_actions)).all() or (len(self) and not checkpoint):
-            raise IrisError(f"{self.file.name} does not belong to the run's checkpoint: move it away, start a new run")
+            raise IrisError(f"{self.file.name} is another run's, or damaged: --resume that, or name another --run-dir")
         self.file.truncate(length * STEP.itemsize)
         self.extend(np.empty(0, STEP))
 
@@ -349,8 +342,7 @@ def train(run: Run) -> None:
         actor_critic  policy + value - entropy_weight * entropy                   of 64 dreams       chapter 3
 
     Each has an optimiser of its own, and no gradient crosses models: world model and policy read tokens and decoded
-    frames that `encode_replay` stored, and the dream and the LSTM's warm-up run without gradients.
-    """
+    frames that `encode_replay` stored, and the dream and the LSTM's warm-up run without gradients."""
     args, agent = run.args, run.agent
     for run.epoch in range(run.epoch + 1, args.epochs + 1):
         began, run.metrics = time.perf_counter(), {"charts/epoch": run.epoch}
@@ -468,9 +460,7 @@ def encode_replay(run: Run) -> None:
             tokens.append(run.agent.tokenizer.encode(frames))
             decoded.append(to_stored(run.agent.tokenizer.decode(tokens[-1])))
     run.tokens, run.decoded = torch.cat(tokens), torch.cat(decoded)
-    counts = run.tokens.flatten().bincount(minlength=run.args.tokenizer.vocab_size).cpu()
-    run.metrics["charts/codes_in_use"] = float((counts > 0).sum())
-    run.metrics["charts/codes_perplexity"] = float(torch.special.entr(counts / counts.sum()).sum().exp())
+    run.metrics["charts/codes_in_use"] = float(len(run.tokens.unique()))
 
 
 # --- Playing: collection and evaluation -------------------------------------------------------------------------------
@@ -626,8 +616,7 @@ def log(run: Run, seconds: float) -> None:
     }  # fmt: skip
     line = [f"epoch {run.epoch}/{args.epochs}", f"steps {len(run.replay)}"]
     line += [f"{label} {metrics[name]:.4g}" for name, label in shown.items() if name in metrics] + [f"{seconds:.0f} s"]
-    if run.epoch >= args.actor_critic_from:  # before that, longer epochs are still to come
-        line.append(f"{(args.epochs - run.epoch) * seconds / 3600:.1f} h left")
+    line += [f"{(args.epochs - run.epoch) * seconds / 3600:.1f} h left"] * (run.epoch >= args.actor_critic_from)
     print("  ".join(line), flush=True)
 
 
@@ -645,8 +634,7 @@ def save_checkpoint(run: Run) -> None:
         "epoch": run.epoch, "agent": run.agent.state_dict(),
         "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
         "replay_length": len(run.replay), "game_seed": run.game_seed, "game_start": run.game_start,
-        "numpy_rng": json.dumps(run.rng.bit_generator.state),  # as text, for its integers have 128 bits
-        "torch_rng": torch.get_rng_state(),
+        "torch_rng": torch.get_rng_state(), "numpy_rng": json.dumps(run.rng.bit_generator.state),  # 128 bits
         "cuda_rng": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
     }  # fmt: skip
     write_file(run.folder / "checkpoint.pt", lambda file: torch.save(content, file))
@@ -668,7 +656,7 @@ def read_checkpoint(run_or_checkpoint: Path | str) -> tuple[dict, Args]:
         return content, Args(env_id=f"{path.stem}NoFrameskip-v4")
     if content.get("format") != FORMAT:
         raise IrisError(f"{path} is no checkpoint of an IRIS run of this version, and not a published one")
-    values = content["args"]  # arguments added since the run was made take their default
+    values = {name: value for name, value in content["args"].items() if hasattr(Args(), name)}  # new ones: default
     check(args := Args(**values | {name: type(getattr(Args(), name))(**values[name]) for name in get_args(Model)}))
     return content, args
 
@@ -678,7 +666,6 @@ def restore(run: Run, checkpoint: dict) -> None:
     run.agent.load_state_dict(checkpoint["agent"])
     for name, optimizer in run.optimizers.items():
         optimizer.load_state_dict(checkpoint["optimizers"][name])
-    run.optimizers["world_model"].param_groups[0]["weight_decay"] = run.args.world_model_weight_decay
     run.epoch = run.saved_epoch = checkpoint["epoch"]
     run.game_seed, run.game_start = checkpoint["game_seed"], checkpoint["game_start"]
     if run.epoch < run.args.collect_epochs and run.game_seed >= 0:  # play the current game again, up to where it was
@@ -689,7 +676,6 @@ def restore(run: Run, checkpoint: dict) -> None:
             run.frame, _, terminated, truncated, info = run.env.step(int(run.replay.actions[step]))
             if terminated or truncated:
                 run.frame = run.env.reset()[0] if info["life_lost"] else None
-    # Last, because building and playing may have drawn random numbers.
     run.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
     torch.set_rng_state(checkpoint["torch_rng"])
     if run.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
@@ -704,6 +690,8 @@ def build_agent(args: Args, num_actions: int) -> Agent:
         if len(args.actor_critic.channels) > 6:
             raise ValueError("each convolution of the actor-critic halves the frame, so there are 6 at most")
         tokenizer = Tokenizer(args.tokenizer)
+        if "nchw" in args.precision:
+            tokenizer.to(memory_format=torch.contiguous_format)
         world_model = WorldModel(args.tokenizer.vocab_size, num_actions, args.world_model)
         return Agent(tokenizer, world_model, ActorCritic(num_actions, args.actor_critic)).eval()
     except (ValueError, RuntimeError, ArithmeticError, IndexError, TypeError) as error:
@@ -727,22 +715,25 @@ def load_agent(run_or_checkpoint: Path | str) -> tuple[Agent, Args]:
 def parse_args(argv: list[str]) -> Args:
     """The command line -> Args. Flags override a preset, or the arguments of a resumed run. Raises IrisError."""
 
-    def first(preset: Preset = "paper", resume: str = "") -> tuple[Preset, str]:  # these two decide the defaults
-        return preset, resume
+    def first(preset: Preset = "auto", resume: str = "", device: str = "auto"):  # these decide the other defaults
+        gpu = device != "cpu" and torch.cuda.is_available()
+        return ("paper" if gpu else "laptop") if preset == "auto" else preset, resume
 
     (preset, resume), others = tyro.cli(first, args=argv, return_unknown_args=True, add_help=False)
     if not resume or {"-h", "--help"} & set(others):
         ranges = ", ".join(f"{name} {least} to {most:.4g}" for name, (least, most) in RANGES.items())
-        return tyro.cli(Args, default=PRESETS[preset], args=argv, description=f"{Args.__doc__} Ranges: {ranges}.")
+        args = tyro.cli(Args, default=PRESETS[preset], args=argv, description=f"{Args.__doc__} Ranges: {ranges}.")
+        return replace(args, preset=preset)
     checkpoint, saved = read_checkpoint(resume)
     if "format" not in checkpoint:
         raise IrisError(f"{resume} is a published checkpoint, not a run: start a run with --init-from {resume}")
     args = tyro.cli(Args, default=saved, args=argv)
-    if args.perceptual_loss == "auto":
-        args.perceptual_loss = saved.perceptual_loss
     fixed = "env_id preset seed noop_max max_frames perceptual_loss run_dir init_from"
-    for name in [*fixed.split(), "tokenizer", "world_model", "actor_critic"]:
-        if (old := getattr(saved, name)) != (new := getattr(args, name)):
+    for name in [*fixed.split(), *get_args(Model)]:
+        old, new = getattr(saved, name), getattr(args, name)
+        if new == "auto":
+            setattr(args, name, old)
+        elif old != new:
             raise IrisError(f"{resume} is a run with {name} {old}, not {new}: leave that out, or start a new run")
     return args
 
@@ -770,8 +761,8 @@ def check(part: Any, prefix: str = "--") -> None:
 
 
 def check_memory(args: Args, num_actions: int, device: torch.device) -> None:
-    """Raises IrisError for sizes that can't fit. Counts less than a run needs: weights, their gradients and Adam's two
-    moments, and of a batch the frames, or the embeddings of the tokens; all in float32."""
+    """Raises IrisError for sizes that can't fit. Of what a run needs it counts weights, gradients and Adam's moments,
+    and of a batch the frames, or the embeddings of tokens."""
     with torch.device("meta"):  # tensors without memory
         weights = sum(weight.numel() for weight in build_agent(args, num_actions).parameters())
     frames = max(args.tokenizer_batch_size, args.actor_critic_batch_size * (args.burn_in + args.horizon))
@@ -784,22 +775,40 @@ def check_memory(args: Args, num_actions: int, device: torch.device) -> None:
 
 
 def choose_device(args: Args) -> tuple[torch.device, bool]:
-    """The device of --device, and whether --precision comes to bfloat16. Raises IrisError if there is none such."""
+    """The device of --device, and whether --precision, which is settled, is bfloat16. Raises IrisError without one."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise IrisError(f"--device {name} is not available here: leave it out, or use --device cpu") from error
-    bf16 = device.type == "cpu" and any("bf16" in k and v for k, v in torch.cpu.get_capabilities().items())
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return device, bf16 if args.precision == "auto" else args.precision == "bf16"
+    if args.precision == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = fastest_precision(args) if device.type == "cpu" else "bf16" if bf16 else "fp32"
+    return device, "bf16" in args.precision
+
+
+def fastest_precision(args: Args) -> str:
+    """The precision in which this CPU trains tokenizer and world model fastest, by a step of each: what the processor
+    names may be slow, as bfloat16 is without AMX. Draws random numbers, so it is called before seeding."""
+    agents = {name: build_agent(replace(args, precision=name), 2) for name in get_args(Precision)[1:]}
+
+    def step(name: str) -> None:
+        frames, zeros = torch.rand(n, 3, 64, 64), torch.zeros(1, args.world_model.max_blocks, dtype=torch.int64)
+        tokens = zeros[..., None].repeat(1, 1, args.world_model.tokens_per_frame)
+        with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in name):
+            losses = agents[name].world_model.loss(tokens, zeros, zeros, zeros, zeros == 0)
+            sum((agents[name].tokenizer.loss(frames) | losses).values()).backward()
+
+    n, least = 1, {}
+    while n <= 2 or (n <= 16 and sum(least.values()) < 0.5):  # the first rounds also prepare kernels
+        least, n = {name: min(timeit.repeat(lambda: step(name), number=1, repeat=2)) for name in agents}, 2 * n
+    return min(least, key=least.get)
 
 
 def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Optimizer]:
     """Adam for tokenizer and actor-critic, AdamW for the world model [paper]. Fused: one operator for all weights."""
-    groups, Adam = agent.world_model.parameter_groups(args.world_model_weight_decay), torch.optim.Adam
+    groups, Adam = agent.world_model.parameter_groups(weight_decay=0.01), torch.optim.Adam  # of linear weights [paper]
     return {
         "tokenizer": Adam(agent.tokenizer.parameters(), lr=args.tokenizer_learning_rate, fused=True),
         "world_model": torch.optim.AdamW(groups, lr=args.world_model_learning_rate, fused=True),
@@ -814,8 +823,8 @@ def build(args: Args) -> Run:
     for name in taken:  # its sizes come along with a model
         setattr(args, name, getattr(source_args, name))
     check(args)
-    torch.manual_seed(args.seed)
     device, bf16 = choose_device(args)
+    torch.manual_seed(args.seed)
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
         raise IrisError("--compile needs a C++ compiler: install g++, or leave it out")
     env = make_env(args.env_id, args.noop_max, args.max_frames, life_loss_ends=True)
@@ -838,8 +847,6 @@ def build(args: Args) -> Run:
     name = f"runs/{args.env_id.replace('/', '-').replace(':', '-')}__iris__{args.seed}__{int(time.time())}"
     folder = checkpoint_path(args.resume).parent if args.resume else Path(args.run_dir or name)
     try:
-        if not args.resume and (folder / "checkpoint.pt").exists():
-            raise IrisError(f"{folder} holds a run already: --resume it, or name another --run-dir")
         replay = Replay(folder / "replay")
     except OSError as error:
         why = "another process is training there" if isinstance(error, BlockingIOError) else error.strerror
@@ -854,38 +861,31 @@ def build(args: Args) -> Run:
     return run
 
 
-def start_logs(run: Run) -> SummaryWriter:
-    """args.json; and TensorBoard, where `purge_step` hides what a killed epoch had logged, which is played again."""
-    settled = {"device": str(run.device), "precision": "bf16" if run.bf16 else "fp32"}
-    settled["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")}
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    text = json.dumps(asdict(run.args) | settled | {"git_commit": git.stdout.strip() or None}, indent=2)
-    (run.folder / "args.json").write_text(text + "\n")
-    writer = SummaryWriter(str(run.folder), purge_step=run.x_axis() + 1)
-    if run.epoch == 0:
-        writer.add_text("arguments", f"<pre>{text}</pre>", 0)
-    return writer
-
-
 def main(args: Args) -> None:  # raises IrisError, and KeyboardInterrupt when stopped
     run = build(args)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")}
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    facts = {"device": str(run.device), "versions": versions, "git_commit": git.stdout.strip() or None}
+    text = json.dumps(asdict(run.args) | facts, indent=2)
     try:
-        with start_logs(run) as run.writer:
+        (run.folder / "args.json").write_text(text + "\n")
+        with SummaryWriter(str(run.folder), purge_step=run.x_axis() + 1) as run.writer:
             if run.epoch == 0:
                 save_checkpoint(run)  # shows whether there is room for it, and can be resumed like any other
+                run.writer.add_text("arguments", f"<pre>{text}</pre>", 0)
+            gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else "laptop takes hours, paper weeks"
+            print(f"--preset {args.preset} in {args.precision} on {run.device} ({gpu})", flush=True)
             print(f"Run folder: {run.folder}   (tensorboard --logdir {run.folder.parent})", flush=True)
             for name in get_args(Model):
                 if (start := getattr(args, f"{name}_from")) > args.epochs:
                     print(f"The {name} trains from epoch {start} on, so not within {args.epochs} epochs.", flush=True)
-            if args.preset == "paper" and run.device.type == "cpu":
-                print("The paper's sizes take hours an epoch on a CPU, for which --preset laptop is made.", flush=True)
             train(run)
         print(f"Done: {args.epochs} epochs, {len(run.replay)} environment steps. The agent: {run.folder}/checkpoint.pt")
     except KeyboardInterrupt:
         print(f"\nStopped in epoch {run.epoch}. {run.saved()}")
         raise
     except (IrisError, OSError) as error:
-        what = "can't write into the run folder: " * isinstance(error, OSError)
+        what = f"can't write {getattr(error, 'filename', None) or 'into the run folder'}: " * isinstance(error, OSError)
         raise IrisError(f"{what}{getattr(error, 'strerror', None) or error}. {run.saved()}") from error
 
 

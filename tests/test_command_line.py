@@ -130,7 +130,7 @@ def test_tensorboard_file_of_a_short_run_holds_scalars_images_and_arguments(fini
         losses/world_model losses/observations_loss losses/rewards_loss losses/ends_loss losses/world_model_grad_norm
         losses/actor_critic losses/policy_loss losses/value_loss losses/entropy_bonus_loss losses/actor_critic_grad_norm
         losses/entropy losses/mean_value losses/mean_lambda_return losses/imagined_reward losses/imagined_end
-        charts/epoch charts/SPS charts/codes_in_use charts/codes_perplexity
+        charts/epoch charts/SPS charts/codes_in_use
         charts/tokenizer_learning_rate charts/world_model_learning_rate charts/actor_critic_learning_rate""".split()
     every_evaluation = """
         eval/episodic_return eval/episodic_return_std eval/episodic_length eval/reconstruction_loss eval/codebook_loss
@@ -251,7 +251,7 @@ BAD_INPUT = {
     "resume of another game": (["--resume", "RUN", "--env-id", "PongNoFrameskip-v4"], "env_id Breakout.*not Pong"),
     "resume elsewhere": (["--resume", "RUN", "--run-dir", "/tmp/x"], "is a run with run_dir .*, not /tmp/x: leave that out"),
     "resume with other sizes": (["--resume", "RUN", "--world-model.layers", "3"], "is a run with world_model"),
-    "a run already there": (["--run-dir", "RUN"], "holds a run already"),
+    "a run already there": (["--run-dir", "RUN"], "is another run's, or damaged"),
     "unwritable run folder": (["--run-dir", "/dev/null/run"], "can't use the run folder /dev/null/run: Not a directory"),
     "no such device": (["--device", "quantum"], "--device quantum is not available here"),
     "lpips insisted on": (["--perceptual-loss", "lpips"], "vgg16-397923af.pth .* and lpips_v0.1_vgg.pth"),
@@ -316,7 +316,7 @@ def test_paper_sizes_go_through_every_phase_on_a_cpu_and_warn_of_the_wait(tmp_pa
         *(word for flag in one for word in (flag, 1)), "--eval-every", 1, "--test-episodes", 1, "--test-max-frames", 60,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert re.search(r"paper's sizes take hours an epoch on a CPU, for which --preset laptop", result.stdout)
+    assert re.search(r"--preset paper in \S+ on cpu \(laptop takes hours, paper weeks\)", result.stdout)
     assert "Done: 1 epochs, 5 environment steps" in result.stdout
     sizes = {name: 0 for name in ("tokenizer", "world_model", "actor_critic")}
     for name, weight in checkpoint(folder)["agent"].items():

@@ -189,7 +189,7 @@ NUMBERS = """
     --max-frames -1; --tokenizer-from 0; --tokenizer-until -1; --tokenizer-steps 0; --tokenizer-batch-size 0;
     --tokenizer-batch-size 100000000; --tokenizer-learning-rate -1; --tokenizer-learning-rate nan; --world-model-from 0;
     --world-model-steps 0; --world-model-batch-size 0; --world-model-batch-size 100000000;
-    --world-model-learning-rate inf; --world-model-weight-decay -0.1; --actor-critic-from 0; --actor-critic-steps -1;
+    --world-model-learning-rate inf; --actor-critic-from 0; --actor-critic-steps -1;
     --actor-critic-batch-size 0; --actor-critic-batch-size 100000000; --actor-critic-learning-rate nan; --burn-in -1;
     --burn-in 1000000; --horizon 1; --horizon 0; --horizon 1000000000; --gamma 2; --gamma -0.5; --gamma nan; --lambda 5;
     --lambda -1; --entropy-weight -1; --entropy-weight inf; --max-grad-norm 0; --max-grad-norm nan; --accumulate 0;
@@ -219,7 +219,7 @@ TRAIN = {  # what is wrong -> arguments, and what the line says
     "a long name": (f"--run-dir {'x' * 300}", "File name too long"),
     "a file as folder": ("--run-dir {text}/run", "Not a directory"),
     "no permission": ("--run-dir /proc/run", "can't use the run folder"),
-    "a run is there": ("--run-dir {run}", "holds a run already"),
+    "a run is there": ("--run-dir {run}", "is another run's, or damaged"),
     "nothing to resume": ("--resume {nowhere}", "No such file"),
     "a folder without a run": ("--resume {folder}", "No such file"),
     "half a checkpoint": ("--resume {half}", "damaged"),
@@ -228,14 +228,14 @@ TRAIN = {  # what is wrong -> arguments, and what the line says
     "a text": ("--resume {text}", "another kind of file"),
     "another version": ("--resume {version}", "of an IRIS run of this version"),
     "a published one": ("--resume {published}", "start a run with --init-from"),
-    "a model without a replay": ("--resume {models}/catch.pt", "does not belong"),
-    "no length": ("--resume {length0}", "does not belong"),
-    "a negative length": ("--resume {length-5}", "does not belong"),
-    "a greater length": ("--resume {length999}", "does not belong"),
-    "a string as length": ("--resume {lengthten}", "does not belong"),
+    "a model without a replay": ("--resume {models}/catch.pt", "is another run's, or damaged"),
+    "no length": ("--resume {length0}", "is another run's, or damaged"),
+    "a negative length": ("--resume {length-5}", "is another run's, or damaged"),
+    "a greater length": ("--resume {length999}", "is another run's, or damaged"),
+    "a string as length": ("--resume {lengthten}", "is another run's, or damaged"),
     "a string as seed": ("--resume {seedone}", "has to be of type int"),
-    "actions out of range": ("--resume {actions}", "does not belong"),
-    "half a replay": ("--resume {halfreplay}", "does not belong"),
+    "actions out of range": ("--resume {actions}", "is another run's, or damaged"),
+    "half a replay": ("--resume {halfreplay}", "is another run's, or damaged"),
     "another game": ("--resume {run} --env-id PongNoFrameskip-v4", "is a run with env_id"),
     "another seed": ("--resume {run} --seed 77", "is a run with seed"),
     "another size": ("--resume {run} --world-model.layers 3", "is a run with world_model"),
