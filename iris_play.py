@@ -287,12 +287,12 @@ def game_name(env_id: str) -> str:
 def evaluate(agent: Agent, settings: iris_train.Args, args: Args, device: torch.device, checkpoint: Path) -> None:
     """Plays whole test games, at most 16 side by side; prints what they returned, beside a human's and the paper's."""
     settings.test_episodes, settings.test_envs = args.evaluate, min(16, args.evaluate)
-    settings.test_temperature, game = args.temperature, game_name(settings.env_id)
+    settings.test_temperature = args.temperature
     games = iris_train.play_test_episodes(agent, settings, device, args.seed, keep=0)
     returns, n = np.array([game["return"] for game in games]), len(games)
     path = Path(__file__).parent / "results" / "published_scores.csv"
     rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
-    known = {player: float(score) for name, player, score in rows if name == game}  # nothing for other games
+    known = {player: float(score) for game, player, score in rows if game == game_name(settings.env_id)}  # may be empty
     chance = known.get("random")
     result = {
         "env_id": settings.env_id, "checkpoint": str(checkpoint), "temperature": str(args.temperature),
@@ -371,9 +371,7 @@ body { display: grid; gap: 8px; padding: 8px 12px; height: 100dvh; overflow: hid
   grid: "head head" auto "main side" minmax(0, 1fr) "main pad" auto "bar bar" auto / minmax(0, 1fr) 312px;
   font: 15px/1.3 system-ui, sans-serif; background: light-dark(#eef0f3, #0f1216) }
 header { grid-area: head; display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 16px }
-h1 { font-size: 18px }
-#notice { color: light-dark(#b34700, #ffb454) }
-
+h1 { font-size: 18px } #notice { color: light-dark(#b34700, #ffb454) } #about, h2, dt { color: var(--soft) }
 /* A pixel of a picture, whose height is --pixels of them, takes a whole number of the screen's pixels. */
 main { grid-area: main; container-type: size; display: flex; flex-wrap: wrap; place-content: center; gap: 0 16px }
 figure { position: relative; margin-top: 26px; aspect-ratio: var(--ratio); height: max(var(--pixels),
@@ -384,46 +382,34 @@ img, .over { position: absolute; width: 100%; height: 100%; image-rendering: pix
 .over p { grid-area: 1 / 1 / 9 / -1; padding: 9%; background: var(--card) }
 .over b { border: 1px solid #fff4; overflow: hidden; color: #fff; text-shadow: 0 0 3px #000 }
 .over .on { border: 3px solid #ffd60a; background: #ffd60a30 }
-
 aside { grid-area: side; display: flex; flex-direction: column; gap: 8px; overflow-y: auto }
 section, button, a, #pad b { padding: 6px 8px; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; color: var(--text); font-size: 14px; white-space: nowrap }
-h2 { display: flex; justify-content: space-between; font-size: 14px }
-h2, dt, #about { color: var(--soft) }
-h2 b, dd { color: var(--text); font-weight: bold }
+h2 { display: flex; justify-content: space-between; font-size: 14px } h2 b, dd { color: var(--text); font-weight: bold }
 dl { display: grid; grid-template-columns: repeat(2, auto 1fr); gap: 2px 10px }
 #shares { display: grid; grid-template-columns: auto 1fr auto; gap: 2px 8px; align-items: center; line-height: 1.15 }
 #shares .on { color: var(--main); font-weight: bold }
 s { height: 11px; background: linear-gradient(var(--main) 0 0) 0 / var(--share) no-repeat, var(--line) }
 svg { width: 100%; height: min(48px, 5vh); fill: none; stroke: var(--main); stroke-width: 2 }
-video { width: 100%; height: 120px }
-
 nav { grid-area: bar; display: flex; flex-wrap: wrap; gap: 6px; justify-content: center }
 nav button::before { content: attr(value); margin-right: 7px; font-family: monospace }
 [aria-pressed=true], #pad .on { background: var(--main); color: light-dark(#fff, #0f1216) }
 #pad { grid-area: pad; display: none; justify-content: space-between; touch-action: none; user-select: none }
-#pad b { display: grid; place-items: center }
-#cross { display: grid; grid: repeat(3, 42px) / repeat(3, 42px) }
-@media (pointer: coarse) {
-  #pad { display: flex }
-  nav button::before { display: none }
-}
+#pad b { display: grid; place-items: center } #cross { display: grid; grid: repeat(3, 42px) / repeat(3, 42px) }
+@media (pointer: coarse) { #pad { display: flex } nav button::before { display: none } }
 @media (max-width: 800px) and (orientation: portrait) {
   body { grid: "head" auto "main" 1fr "side" auto "pad" auto "bar" auto / minmax(0, 1fr); gap: 5px; padding: 5px }
-  aside { display: grid; grid: auto / 1fr 1fr; gap: 5px }
-  section:has(#facts) { grid-column: 1 / 3 }
-  dl { grid-template-columns: repeat(3, auto 1fr) }
-  #policy { max-height: 92px; overflow-y: auto }
+  aside { display: grid; grid: auto / 1fr 1fr; gap: 5px } #policy { max-height: 92px; overflow-y: auto }
+  section:has(#facts) { grid-column: 1 / 3 } dl { grid-template-columns: repeat(3, auto 1fr) }
+  nav button { padding: 4px 6px; flex: 1 } .over b { color: #0000; text-shadow: none }
   #about, #Reward { display: none }
-  nav button { padding: 4px 6px; flex: 1 }
-  .over b { color: #0000; text-shadow: none }
 }
 </style>
 <header><h1 id=title>IRIS</h1> <span id=about></span> <b id=notice role=status>Connecting</b></header>
 <main id=main></main>
 <aside><section><dl id=facts></dl></section> <section id=policy><h2>Policy</h2><div id=shares></div></section>
 <section id=traces></section> <section id=recorded hidden><h2>Recording <a id=download download>download</a></h2>
-<video id=clip controls preload=auto></video></section></aside>
+<video id=clip controls preload=auto width=100% height=120></video></section></aside>
 <div id=pad><div id=cross></div> <b id=space>FIRE</b></div> <nav id=bar></nav>
 <script>
 const el = (id) => document.getElementById(id), tab = Math.random().toString(36), held = new Set();
@@ -438,9 +424,8 @@ function show(message) {
   const {place, who, names, action, paused, recording, trouble, policy, traces, drift, file, panels} = message;
   const where = {game: "the game", dream: "the dream", both: "game and dream"}[place];
   const notices = [paused && "paused", recording && "recording", message.end && "the end", trouble];
-  el("title").textContent = `IRIS: ${message.game}, ${where}`;
-  el("about").textContent = message.about;
-  el("notice").textContent = notices.filter(Boolean).join(" · ");
+  const texts = {title: `IRIS: ${message.game}, ${where}`, about: message.about, notice: notices.filter(Boolean).join()};
+  for (const id in texts) el(id).textContent = texts[id];
   const facts = {Step: message.step, Return: message.return, Plays: who, Action: names[action] ?? "-",
     Reward: message.reward, Speed: message.fps.toFixed(0)};
   el("facts").innerHTML = Object.entries(facts).map(([name, fact]) => `<dt>${name}<dd>${fact}`).join("");
@@ -453,32 +438,28 @@ function show(message) {
   el("recorded").hidden = !file;
   if (file && !el("clip").src.endsWith(file)) el("clip").src = el("download").href = file;
   el("main").style = `--ratios: ${panels.reduce((sum, panel) => sum + panel.width / panel.height, 0)}`;
-  document.querySelectorAll("figure").forEach((figure, i) => showPanel(figure, panels[i]));
-  const labels = {m: who == "you" ? "agent" : "take over",
-    t: {game: "into the dream", dream: "back to game", both: "dream anew"}[place], enter: "next game", p: "previous",
-    j: "10 back", l: "10 on", e: "one step", ".": paused ? "resume" : "pause", ",": recording ? "stop" : "record",
-    g: "tokens", "-": "slower", "+": "faster", f: "full screen", q: "quit"};
+  document.querySelectorAll("figure").forEach((figure, i) => {
+    const [title, image, over] = figure.children, panel = panels[i];
+    figure.hidden = !panel;
+    if (!panel) return;
+    title.textContent = panel.title;
+    image.src = panel.png;
+    over.innerHTML = panel.note ? `<p>${panel.note}</p>` : tokensShown ? panel.tokens.join("") : "";
+    figure.style = `--pixels: ${panel.height / devicePixelRatio}px; --ratio: ${panel.width} / ${panel.height};
+      --side: ${Math.sqrt(panel.tokens.length)}`;
+  });
+  const labels = {m: who == "you" ? "agent" : "take over", enter: "next game", j: "back", e: "one step",
+    t: {game: "into the dream", dream: "back to game", both: "dream anew"}[place], ".": paused ? "resume" : "pause",
+    ",": recording ? "stop" : "record", g: "tokens", "-": "slower", "+": "faster", f: "full screen", q: "quit"};
   const on = {".": paused, ",": recording, g: tokensShown, f: document.fullscreenElement, t: place == "dream"};
   const buttons = message.keys.map((key) => `<button value="${key}" aria-pressed=${!!on[key]}>${labels[key]}</button>`);
   if (bar != buttons.join("")) el("bar").innerHTML = bar = buttons.join("");
 }
-function showPanel(figure, panel) {
-  figure.hidden = !panel;
-  if (!panel) return;
-  const [title, image, over] = figure.children, note = latest.notes[panel.title];
-  const tokens = panel.tokens.map((token, i) => `<b class=${panel.changed[i] && "on"}>${token}</b>`);
-  figure.style = `--pixels: ${panel.height / devicePixelRatio}px; --ratio: ${panel.width} / ${panel.height};
-    --side: ${Math.sqrt(tokens.length)}`;
-  title.textContent = panel.title;
-  image.src = panel.png;
-  over.innerHTML = note ? `<p>${note}</p>` : tokensShown ? tokens.join("") : "";
-}
 function trace(title, text, values = []) {
   const low = Math.min(0, ...values), high = Math.max(low + 0.01, ...values);
   const points = values.map((value, i) => `${i},${37 - 34 * (value - low) / (high - low)}`).join(" ");
-  return text == null ? "" : `<div id=${title}><h2>${title}<b>${text}</b></h2>
-    <svg viewBox="0 0 100 40" preserveAspectRatio=none><polyline vector-effect=non-scaling-stroke points="${points}" />
-    </svg></div>`;
+  return text == null ? "" : `<div id=${title}><h2>${title}<b>${text}</b></h2><svg viewBox="0 0 100 40"
+    preserveAspectRatio=none><polyline vector-effect=non-scaling-stroke points="${points}" /></svg></div>`;
 }
 const events = new EventSource("/pictures");  // connects again by itself
 events.onmessage = (event) => show(JSON.parse(event.data));
@@ -593,10 +574,12 @@ class Page:
         pictures = []
         for title, picture, moment in panels:
             png = base64.b64encode(cv2.imencode(".png", picture[..., ::-1])[1]).decode()
-            tokens, before = ([] if x is None else x[0].tolist() for x in (moment.tokens, moment.before))
-            changed, (height, width, _) = [new != old for new, old in zip(tokens, before)], picture.shape
-            pictures.append({"title": title, "png": "data:image/png;base64," + png, "height": height, "width": width,
-                             "tokens": tokens, "changed": changed})  # fmt: skip
+            now, before = ([] if x is None else x[0].tolist() for x in (moment.tokens, moment.before))
+            pictures.append({
+                "title": title, "png": f"data:image/png;base64,{png}", "height": len(picture),
+                "width": picture.shape[1], "note": self.fixed["notes"].get(title, ""),
+                "tokens": [f"<b class={'on' * (new != old)}>{new}</b>" for new, old in zip(now, before or now)],
+            })  # fmt: skip
         status |= {"panels": pictures, "file": self.recorded.name if self.recorded else ""}
         with self.changed:
             self.message, self.number = json.dumps(self.fixed | status), self.number + 1
@@ -642,11 +625,12 @@ class Recorded:
         return self.screen, reward, not self.coming, False, {"recorded": int(action)}
 
 
-def browse(world: World, episode: int, step: int) -> None:
-    """Goes to a step of the recorded episode of this number."""
-    world.seed = episode
+def go_back(world: World) -> None:
+    """Ten steps back in a recorded episode; from its first frame, to the episode before."""
+    target = world.real.step - 10
+    world.seed -= 1 if world.real.step else 2
     world.reset()
-    while world.real.step < step and not world.real.end:
+    while world.real.step < target:
         world.step(0)
 
 
@@ -731,11 +715,8 @@ def main(args: Args) -> None:
         place = "dream" if args.world_model else "both" if args.compare else "game"
         world = World(env, agent, device, args.seed, place, all_views=args.reconstruction or args.episodes)
         if args.episodes:
-            world.env = Recorded(checkpoint.parent / "media" / "episodes")
-            world.seed = 0  # the number of the next episode
-            world.commands["p"] = lambda: browse(world, world.seed - 2, step=0)
-            world.commands["j"] = lambda: browse(world, world.seed - 1, world.real.step - 10)
-            world.commands["l"] = lambda: browse(world, world.seed - 1, world.real.step + 10)
+            world.env, world.seed = Recorded(checkpoint.parent / "media" / "episodes"), 0
+            world.commands["j"] = lambda: go_back(world)
         if args.video:
             return play(world, agent, None, Video(Path(args.video), args.fps), names, args, "agent")
         page = Page(args.host, args.port, {"game": game_name(settings.env_id), "about": about, "notes": notes})
