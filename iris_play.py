@@ -7,7 +7,7 @@ chooses the actions, and the transformer of chapter 2 answers with the next fram
     2. the action is appended to the stream of tokens      ->  (1, T + 1)           Dream.step, chapter 2
     3. the transformer samples reward, end, and 16 tokens  ->  (1, 16)              Dream.step, chapter 2
     4. the tokenizer's decoder turns these into a frame    ->  (1, 3, 64, 64)       Tokenizer.decode, chapter 1
-    5. the page magnifies it by a whole number             ->  640 x 640 pixels     showPanels, in PAGE
+    5. the page magnifies it by a whole number             ->  640 x 640 pixels     show, in PAGE
 
 What the player sees of that:
     16 tokens   Each stands for about 16 x 16 pixels. One wrong token, and a ball of two pixels jumps, or is gone.
@@ -15,12 +15,10 @@ What the player sees of that:
     refill      The context holds 20 steps. When it is full, the latest 10 are kept and read again: this step is slower,
                 and what was out of sight for 10 steps is forgotten.
 
-Run it:   python iris_play.py                            # the agent of the newest run plays the real game
-          python iris_play.py --world-model              # you play in its dream; `--agent`: it plays there itself
-          python iris_play.py --compare                  # game and dream side by side, under the same actions
+Run it:   python iris_play.py                        # the agent of the newest run plays the real game
+          python iris_play.py --world-model          # you play in its dream; `--agent`: it plays there itself
+          python iris_play.py --compare              # game and dream side by side, under the same actions
           python iris_play.py --pretrained Breakout --evaluate 100
-          python iris_play.py --help                     # all modes; the page names the keys
-Read it:  game and dream, who chooses, the loop; evaluation, video files, the page. [paper] is IRIS, [ours] is not.
 """
 import signal
 
@@ -77,8 +75,8 @@ class Args:
     env_id: str = ""  # The game, where it is not the one that the checkpoint names
     host: str = "127.0.0.1"  # Address to serve the page at; any but this one lets others on your network play
     port: int = 8765  # Port to serve at, or the next free one; 0 takes any
-    video: str = ""  # No page, but a .webm, .mp4, .gif or .webp: one episode, or --steps
-    steps: int = 0  # Stop after this many steps; a video is an episode, but of a dream, .gif or .webp 1,000 at most
+    video: str = ""  # No page, but a .webm, .mp4, .gif or .webp: one episode of at most 1,000 steps, or --steps
+    steps: int = 0  # Stop after this many steps
     fps: float = 15.0  # Steps a second; 15 is an Atari's own speed
     seed: int = 1  # Seed of the game, the policy and the dream
     temperature: float = 0.5  # Of the policy; 0 is always its likeliest action, inf is random play
@@ -118,26 +116,22 @@ class World:
     def __init__(self, env, agent: Agent | None, device: torch.device, seed: int, place: str, all_views: bool = False):
         self.env, self.device, self.seed, self.home, self.all_views = env, device, seed, place, all_views
         self.dream = Dream(agent.tokenizer, agent.world_model) if agent else None
-        self.commands = {"t": self.enter_or_leave} if agent else {}  # key of the page -> what it does
+        across = {"game": "dream", "dream": "game", "both": "both"}  # where `t` leads
+        self.commands = {"t": lambda: self.enter(across[self.place])} if agent else {}  # by key
 
     def reset(self) -> None:
         """The game of the next seed, and its dream."""
-        self.real, self.place, self.seed = Moment(self.env.reset(seed=self.seed)[0]), self.home, self.seed + 1
-        if self.place != "game":
-            self.start_dream()
+        self.real, self.seed = Moment(self.env.reset(seed=self.seed)[0]), self.seed + 1
+        self.enter(self.home)
 
-    def start_dream(self) -> None:
-        """A dream that begins with the game's present frame. Step, return and the LSTM's state go on."""
-        seen = self.dream.reset(to_model(torch.from_numpy(self.real.frame)[None].to(self.device)))
-        frame = to_stored(seen)[0].cpu().numpy()
-        self.dreamed = replace(self.real, frame=frame, tokens=self.dream.context, seen=seen)
-        self.parted = self.real, self.dreamed  # where game and dream were one
-
-    def enter_or_leave(self) -> None:
-        """From the game into the dream, at this very frame; from the dream to the game, where it was left."""
-        self.place = {"game": "dream", "dream": "game", "both": "both"}[self.place]
-        if self.place != "game":
-            self.start_dream()
+    def enter(self, place: str) -> None:
+        """Goes on in the game where it was left, or in a dream that begins with its present frame, step and return."""
+        self.place = place
+        if place != "game":
+            seen = self.dream.reset(to_model(torch.from_numpy(self.real.frame)[None].to(self.device)))
+            frame = to_stored(seen)[0].cpu().numpy()
+            self.dreamed = replace(self.real, frame=frame, tokens=self.dream.context, seen=seen)
+            self.parted = self.real, self.dreamed  # where game and dream were one
 
     def step(self, action: int) -> None:
         if self.place != "dream":
@@ -160,17 +154,13 @@ class World:
 
     def go_on(self) -> None:
         """After an end: a new game; but where only a dream ended that began in mid-game, the game goes on."""
-        if self.place == "both" and not self.real.end:
-            self.start_dream()
-        elif self.place == "dream" and self.home == "game":
-            self.place = "game"
-        else:
+        if self.real.end or self.home == "dream":
             self.reset()
+        else:
+            self.enter(self.home)
 
-    def drift(self) -> tuple[int, float] | None:
+    def drift(self) -> tuple[int, float]:
         """Steps since game and dream were one; their mean absolute difference where either has changed since [ours]."""
-        if self.place != "both":
-            return None
         real, dream, *then = (m.frame.astype(np.float32) / 255 for m in (self.real, self.dreamed, *self.parted))
         changed = np.maximum(np.abs(real - then[0]), np.abs(dream - then[1])).max(axis=2) > 0.1  # (64, 64)
         difference = float(np.abs(real - dream)[changed].mean()) if changed.any() else 0.0
@@ -218,16 +208,15 @@ def think(agent: Agent, moment: Moment, device: torch.device) -> None:
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
-def play(world: World, agent: Agent | None, screen, names: list[str], args: Args, folder: Path, who: str = "agent",
-         episodes: int = 0) -> None:  # fmt: skip
-    """Shows the world, and steps it with the actions of who is in charge, "you" or "agent"; until `q`, or args.steps
-    steps, or this many episodes (0 is any number). Recordings go to folder/media/recordings. Raises IrisError."""
-    world.reset()
-    paused, stepped, recording, trouble, fps, played, returns = False, False, None, "", args.fps, 0, []
-    keys = ["enter", *".e,-+q", *"m" * bool(agent and not args.episodes)]
-    history: deque = deque(maxlen=100)  # value, reward and drift of the latest steps
+def play(world: World, agent: Agent | None, page, film: "Video | None", names: list[str], args: Args, who: str) -> None:
+    """Shows the world on a page, in a film, or both, and steps it with the actions of who is in charge, "you" or
+    "agent"; until `q`, or args.steps steps. A film without a page is one episode, or args.steps. Raises IrisError."""
+    paused, stepped, trouble, fps, played, history = False, False, "", args.fps, 0, []
+    keys = [*"m" * bool(agent and not args.episodes), *world.commands, "enter", *"e.,g-+fq"]  # in the page's order
+    limit = args.steps or (None if page else 1000)
     began = deadline = time.perf_counter()
     try:
+        world.reset()
         while True:
             # Look. With --human, the agent is not computed unless it plays, or a dream is on.
             moment = world.now
@@ -235,45 +224,47 @@ def play(world: World, agent: Agent | None, screen, names: list[str], args: Args
                 think(agent, moment, world.device)
             policy = None if moment.logits is None else moment.logits / max(args.temperature, 1e-6)  # (1, A)
 
-            # Show.
-            panels, drift = world.panels(), world.drift()
+            # Show. A film has the frame that it begins with, and one for each step.
+            panels, drift = world.panels(), world.drift() if world.place == "both" else None
             if stepped:
-                history.append((moment.value, moment.reward, drift and drift[1]))
-            screen.show(panels, {
-                "place": world.place, "who": who, "names": names, "step": moment.step, "return": moment.total,
-                "action": moment.action, "reward": moment.reward, "end": world.ended, "value": moment.value,
-                "policy": None if policy is None else policy[0].softmax(dim=0).tolist(), "drift": drift, "fps": fps,
-                "traces": list(zip(*history)), "paused": paused, "recording": bool(recording), "trouble": trouble,
-                "keys": [*keys, *world.commands],
-            })  # fmt: skip
-            if (args.steps and played == args.steps) or (episodes and len(returns) == episodes):
+                history = [*history[-99:], (moment.value, moment.reward, drift and drift[1])]
+            if film and (stepped or not film.count):
+                film.show(panels)
+            if page:
+                page.show(panels, {
+                    "place": world.place, "who": who, "names": names, "step": moment.step, "return": moment.total,
+                    "action": moment.action, "reward": moment.reward, "end": world.ended, "value": moment.value,
+                    "policy": None if policy is None else policy[0].softmax(dim=0).tolist(), "drift": drift,
+                    "traces": list(zip(*history)), "paused": paused, "recording": bool(film), "trouble": trouble,
+                    "fps": fps, "keys": keys,
+                })  # fmt: skip
+            if played == limit or (moment.end and not page and not args.steps):
                 break
 
             # Read the keys.
-            pressed, held = screen.read(deadline)
+            pressed, held = page.read(deadline) if page else ([], [])
             deadline, stepped = max(deadline, time.perf_counter()) + 1 / fps, False
             if "q" in pressed:
                 break
             paused ^= "." in pressed
-            if faster := ("+" in pressed) + ("=" in pressed) - ("-" in pressed):
+            if faster := ("+" in pressed) - ("-" in pressed):
                 fps = min(240.0, max(1.0, fps * 1.5**faster))
             if "m" in pressed and "m" in keys:
                 who = "you" if who == "agent" else "agent"
             if "," in pressed:
-                old, recording, trouble = recording, None, ""
+                old, film, trouble = film, None, ""
                 try:
                     if old:
-                        screen.recorded = old.close() or screen.recorded
+                        old.close()
+                        page.recorded = old.path
                     else:
-                        recording = Video(folder / time.strftime("media/recordings/%Y%m%d_%H%M%S.webm"), fps)
-                        recording.show(panels)
+                        film = Video(Path(time.strftime("runs/recordings/%Y%m%d_%H%M%S.webm")), fps)
                 except IrisError as error:  # a game goes on even if the disk is full
                     trouble = str(error)
 
             # Act.
-            if asked := [key for key in pressed if key in world.commands and (key == "t" or world.place == world.home)]:
+            if asked := [key for key in pressed if key in world.commands]:
                 world.commands[asked[0]]()
-                paused |= asked[0] in ("left", "right", "up", "down")
             elif "enter" in pressed:
                 world.reset()
             elif world.ended and not paused:
@@ -281,50 +272,39 @@ def play(world: World, agent: Agent | None, screen, names: list[str], args: Args
             elif not world.ended and (not paused or "e" in pressed):
                 world.step(int(sample(policy)) if who == "agent" and policy is not None else choose(names, held))
                 stepped, played = True, played + 1
-                if recording:
-                    recording.show(world.panels())
-                returns += [world.now.total] if world.now.end else []
     finally:  # also when stopped with Ctrl-C: what was recorded is kept
-        screen.close()
-        if recording:
-            recording.close()
-        print(f"{played} steps, {played / (time.perf_counter() - began):.1f} a second; {len(returns)} episodes"
-              + (f" of mean return {np.mean(returns):g}" if returns else ""))  # fmt: skip
+        for screen in filter(None, (page, film)):
+            screen.close()
+        print(f"{played} steps, {played / (time.perf_counter() - began):.1f} a second")
 
 
 # --- Evaluation [paper, section 3.1] ----------------------------------------------------------------------------------
-def published_scores(env_id: str) -> dict[str, float]:
-    """Method -> mean return in that game, from results/published_scores.csv; empty where there is none."""
-    path = Path(__file__).parent / "results" / "published_scores.csv"
-    game = env_id.split("/")[-1].split("-")[0].removesuffix("NoFrameskip")
-    rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
-    return {method: float(score) for name, method, score in rows if name == game}
-
-
-def human_normalised(env_id: str, mean_return: float) -> float | None:
-    """0 for random play, 1 for a human's; None for a game without published scores."""
-    scores = published_scores(env_id)
-    return (mean_return - scores["random"]) / (scores["human"] - scores["random"]) if scores else None
+def game_name(env_id: str) -> str:
+    """BreakoutNoFrameskip-v4, ALE/Breakout-v5, tests.games:Breakout-v0 -> Breakout"""
+    return re.sub(r".*[:/]|(NoFrameskip)?-v\d+$", "", env_id)
 
 
 def evaluate(agent: Agent, settings: iris_train.Args, args: Args, device: torch.device, checkpoint: Path) -> None:
-    """Plays whole test games, at most 16 side by side, and prints what they returned."""
+    """Plays whole test games, at most 16 side by side; prints what they returned, beside a human's and the paper's."""
     settings.test_episodes, settings.test_envs = args.evaluate, min(16, args.evaluate)
-    settings.test_temperature, env_id = args.temperature, settings.env_id
+    settings.test_temperature = args.temperature
     games = iris_train.play_test_episodes(agent, settings, device, args.seed, keep=0)
     returns, n = np.array([game["return"] for game in games]), len(games)
-    statistics = {
-        "mean": returns.mean(), "standard_error": returns.std(ddof=1) / n**0.5 if n > 1 else None,
-        "median": np.median(returns), "min": returns.min(), "max": returns.max(),
-        "human_normalised": human_normalised(env_id, returns.mean()), "paper": published_scores(env_id).get("iris"),
+    path = Path(__file__).parent / "results" / "published_scores.csv"
+    rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
+    known = {player: float(score) for game, player, score in rows if game == game_name(settings.env_id)}  # may be empty
+    chance = known.get("random")
+    result = {
+        "env_id": settings.env_id, "checkpoint": str(checkpoint), "temperature": str(args.temperature),
+        "seed": args.seed, "episodes": n, "steps": sum(game["length"] for game in games), "mean": returns.mean(),
+        "standard_error": returns.std(ddof=1) / n**0.5 if n > 1 else None, "median": np.median(returns),
+        "min": returns.min(), "max": returns.max(), "paper": known.get("iris"),
+        "human_normalised": (returns.mean() - chance) / (known["human"] - chance) if known else None,
     }  # fmt: skip
-    print(f"{env_id}: {n} test episodes, {sum(game['length'] for game in games)} steps")
-    for name, value in statistics.items():
-        print(f"  {name.replace('_', ' '):17}{'-' if value is None else format(value, '.2f'):>9}")
+    for name, value in result.items():
+        print(f"{name:17} {value:.2f}" if isinstance(value, float) else f"{name:17} {value}")
     if args.json:
-        how = {"env_id": env_id, "checkpoint": str(checkpoint), "episodes": n, "temperature": str(args.temperature)}
-        result = how | statistics | {"seed": args.seed, "returns": returns.tolist()}
-        write(Path(args.json), json.dumps(result, indent=2).encode() + b"\n")
+        write(Path(args.json), json.dumps(result | {"returns": returns.tolist()}, indent=2).encode() + b"\n")
 
 
 # --- Video files ------------------------------------------------------------------------------------------------------
@@ -341,211 +321,186 @@ def paint(panels: list[tuple], height: int) -> np.ndarray:
 
 
 class Video:
-    """A screen that is a file: each step once, as fast as they come. Browsers play .webm (VP8); an .mp4 (MPEG-4 Part 2)
-    is for other programs. It is written under another name, read back, and renamed: so it is whole or not there."""
+    """A film. Browsers play .webm (VP8); an .mp4 (MPEG-4 Part 2) is for other programs. It is written under another
+    name, checked, and renamed: it is whole, or not there."""
 
     def __init__(self, path: Path, fps: float):
-        self.path, self.beside, self.fps = path, path.with_name("." + path.name), fps
-        self.pictures, self.writer, self.count = [], None, 0
+        self.path, self.fps, self.pictures, self.writer, self.count = path, fps, [], None, 0
+        # WebM is Matroska with another name in its header, which `close` puts there: OpenCV complains about WebM.
+        self.codec, container = {".webm": ("VP80", ".mkv"), ".mp4": ("mp4v", ".mp4")}.get(path.suffix, ("", ""))
+        self.beside = path.with_name(f".{path.name}{container}")
         write(self.beside, b"")  # says before anything is played if there can be no file
 
-    def show(self, panels: list[tuple], status: dict | None = None) -> None:
-        code, self.count = {".webm": "VP80", ".mp4": "mp4v"}.get(self.path.suffix), self.count + 1
-        picture = np.ascontiguousarray(paint(panels, 448 if code else 256)[..., ::-1])
-        if not code:
+    def show(self, panels: list[tuple]) -> None:
+        picture = np.ascontiguousarray(paint(panels, 448 if self.codec else 256)[..., ::-1])
+        self.count += 1
+        if not self.codec:
             return self.pictures.append(picture)
         if not self.writer:
-            self.size, stderr = picture.shape[1::-1], os.dup(2)
-            with open(os.devnull, "w") as nothing:
-                os.dup2(nothing.fileno(), 2)  # OpenCV complains about the name of VP8, and then takes it
-            self.writer = cv2.VideoWriter(str(self.beside), cv2.VideoWriter_fourcc(*code), self.fps, self.size)
-            os.dup2(stderr, 2)
-            os.close(stderr)
-        self.writer.write(cv2.resize(picture, self.size))  # it changes where the number of panels does
+            self.size, code = picture.shape[1::-1], cv2.VideoWriter_fourcc(*self.codec)
+            self.writer = cv2.VideoWriter(str(self.beside), code, self.fps, self.size)
+        self.writer.write(cv2.resize(picture, self.size))  # its size changes with the number of panels
 
-    def read(self, deadline: float) -> tuple[list[str], list[str]]:
-        return [], []
-
-    def close(self) -> Path | None:
-        """None if nothing was shown. Raises IrisError if the file is not whole."""
-        whole = True
-        if self.pictures:
-            times = np.round(np.arange(self.count + 1) * 100 / self.fps) * 10  # a GIF counts hundredths of a second
-            animation = cv2.Animation()
-            animation.frames, animation.durations = self.pictures, np.diff(times).astype(np.int32)
-            _, content = cv2.imencodeanimation(self.path.suffix, animation, [cv2.IMWRITE_GIF_QUALITY, 1])
-            self.beside.unlink()
-            write(self.path, content.tobytes())
-        elif self.writer:
-            self.writer.release()
-            whole = sum(iter(cv2.VideoCapture(str(self.beside)).grab, False)) == self.count
-            if whole:
-                self.beside.replace(self.path)
-        self.beside.unlink(missing_ok=True)
-        if not whole:
-            raise IrisError(f"can't write {self.path} whole: is the disk full?")
-        if self.count:
-            print(f"{self.path}: {self.count} frames", flush=True)
-        return self.path if self.count else None
+    def close(self) -> None:
+        """Raises IrisError if the file is not whole."""
+        try:
+            if self.writer:
+                self.writer.release()
+                if sum(iter(cv2.VideoCapture(str(self.beside)).grab, False)) != self.count:
+                    raise IrisError(f"can't write {self.path} whole: is the disk full?")
+                write(self.path, self.beside.read_bytes().replace(b"matroska", b"webm\0\0\0\0", 1))
+            elif self.pictures:
+                times = np.round(np.arange(self.count + 1) * 100 / self.fps) * 10  # a GIF counts hundredths of a second
+                animation = cv2.Animation()
+                animation.frames, animation.durations = self.pictures, np.diff(times).astype(np.int32)
+                _, content = cv2.imencodeanimation(self.path.suffix, animation, [cv2.IMWRITE_GIF_QUALITY, 1])
+                write(self.path, content.tobytes())
+        finally:
+            self.beside.unlink(missing_ok=True)
+        print(f"{self.path}: {self.count} frames", flush=True)
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
-PAGE = """<!doctype html><html lang=en><meta charset=utf-8><link rel=icon href="data:,"><title>IRIS</title>
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>IRIS</title><link rel=icon href="data:,">
 <meta name=viewport content="width=device-width, initial-scale=1">
 <style>
-:root { color-scheme: light dark; --text: light-dark(#1c2128, #e6e9ee); --soft: light-dark(#57606a, #9aa4b0);
-  --card: light-dark(#fff, #191d23); --line: light-dark(#d0d5dc, #2f363f); --main: light-dark(#0b62c4, #62a8ff) }
-* { box-sizing: border-box; margin: 0 } [hidden] { display: none !important } header { display: flex; gap: 0 16px }
-body { display: grid; grid: "head head" auto "main side" 1fr "bar bar" auto / minmax(0, 1fr) 312px; gap: 8px;
-  padding: 8px 12px; height: 100dvh; overflow: hidden; font: 15px/1.35 system-ui, sans-serif; color: var(--text);
-  background: light-dark(#eef0f3, #0f1216) } header { grid-area: head; align-items: baseline }
-h1 { font-size: 18px; flex: none; max-width: 100% }
-#notice { color: light-dark(#b34700, #ffb454); font-weight: 600 } #about { flex: 1 } #about, dt { color: var(--soft) }
-main { grid-area: main; container-type: size; display: flex; gap: 0 16px; flex-wrap: wrap; place-content: center }
+:root { color-scheme: light dark; --main: light-dark(#0b62c4, #62a8ff); --soft: light-dark(#57606a, #9aa4b0);
+  --text: light-dark(#1c2128, #e6e9ee); --card: light-dark(#fff, #191d23); --line: light-dark(#d0d5dc, #2f363f) }
+* { box-sizing: border-box; margin: 0 }
+body { display: grid; gap: 8px; padding: 8px 12px; height: 100dvh; overflow: hidden; color: var(--text);
+  grid: "head head" auto "main side" minmax(0, 1fr) "main pad" auto "bar bar" auto / minmax(0, 1fr) 312px;
+  font: 15px/1.3 system-ui, sans-serif; background: light-dark(#eef0f3, #0f1216) }
+header { grid-area: head; display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 16px }
+h1 { font-size: 18px } #notice { color: light-dark(#b34700, #ffb454) } #about, h2, dt { color: var(--soft) }
 /* A pixel of a picture, whose height is --pixels of them, takes a whole number of the screen's pixels. */
-.frame { position: relative; aspect-ratio: var(--ratio); height: max(var(--pixels), round(down,
-  min(100cqh - 26px, (100cqw - 32px) / var(--ratios)), var(--pixels))) } img { image-rendering: pixelated }
-.frame > * { position: absolute; inset: 0; width: 100%; height: 100% } .note { background: var(--card); padding: 9% }
-figcaption { height: 26px; contain: inline-size; overflow: hidden; white-space: nowrap; font-weight: 600 }
-.tokens { display: grid; grid: auto-flow 1fr / repeat(var(--side), 1fr); font-size: 14px; text-shadow: 0 0 3px #000 }
-.tokens b { border: 1px solid #fff4; padding: 0 4px; overflow: hidden; color: #fff }
-.tokens .on { border: 3px solid #ffd60a; padding: 0 2px; background: #ffd60a30 }
-aside { grid-area: side; display: flex; flex-direction: column; gap: 8px; min-height: 0 } h2 b { color: var(--text) }
-section, button, b[id], a { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 6px }
-h2 { font-size: 14px; display: flex; justify-content: space-between; color: var(--soft) } dd { font-weight: 600 }
-dl { display: grid; grid-template-columns: auto 1fr auto 1fr; gap: 2px 10px; white-space: nowrap }
-#shares { display: grid; grid-template-columns: auto 1fr auto; gap: 2px 8px; align-items: center; font-size: 14px }
-#shares .on { color: var(--main); font-weight: 600 } .many { line-height: 1.15 } video { width: 100%; height: 120px }
-aside:has(.many) :is(#rewards, #keys) { display: none } #pad b { display: grid; place-items: center }
+main { grid-area: main; container-type: size; display: flex; flex-wrap: wrap; place-content: center; gap: 0 16px }
+figure { position: relative; margin-top: 26px; aspect-ratio: var(--ratio); height: max(var(--pixels),
+  round(down, min(100cqh - 26px, (100cqw - 32px) / var(--ratios)), var(--pixels))) }
+figcaption { position: absolute; bottom: 100%; width: 100%; overflow: hidden; white-space: nowrap; font-weight: bold }
+img, .over { position: absolute; width: 100%; height: 100%; image-rendering: pixelated }
+.over { display: grid; grid: auto-flow 1fr / repeat(var(--side), 1fr) }
+.over p { grid-area: 1 / 1 / 9 / -1; padding: 9%; background: var(--card) }
+.over b { border: 1px solid #fff4; overflow: hidden; color: #fff; text-shadow: 0 0 3px #000 }
+.over .on { border: 3px solid #ffd60a; background: #ffd60a30 }
+aside { grid-area: side; display: flex; flex-direction: column; gap: 8px; overflow-y: auto }
+section, button, a, #pad b { padding: 6px 8px; background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px; color: var(--text); font-size: 14px; white-space: nowrap }
+h2 { display: flex; justify-content: space-between; font-size: 14px } h2 b, dd { color: var(--text); font-weight: bold }
+dl { display: grid; grid-template-columns: repeat(2, auto 1fr); gap: 2px 10px }
+#shares { display: grid; grid-template-columns: auto 1fr auto; gap: 2px 8px; align-items: center; line-height: 1.15 }
+#shares .on { color: var(--main); font-weight: bold }
 s { height: 11px; background: linear-gradient(var(--main) 0 0) 0 / var(--share) no-repeat, var(--line) }
-svg { width: 100%; height: 56px; display: block; fill: none; stroke: var(--main); stroke-width: 2 }
+svg { width: 100%; height: min(48px, 5vh); fill: none; stroke: var(--main); stroke-width: 2 }
 nav { grid-area: bar; display: flex; flex-wrap: wrap; gap: 6px; justify-content: center }
-button, a { font: inherit; font-size: 14px; color: var(--text); text-decoration: none; white-space: nowrap }
-section { padding: 6px 11px } nav button::before { content: attr(value); margin-right: 7px; font-family: monospace }
+nav button::before { content: attr(value); margin-right: 7px; font-family: monospace }
 [aria-pressed=true], #pad .on { background: var(--main); color: light-dark(#fff, #0f1216) }
 #pad { grid-area: pad; display: none; justify-content: space-between; touch-action: none; user-select: none }
-#pad b:empty { opacity: 0 } #cross { display: grid; grid: repeat(3, 42px) / repeat(3, 42px) }
-@media (pointer: coarse) { #pad { display: flex } nav button::before, #keys { display: none } }
+#pad b { display: grid; place-items: center } #cross { display: grid; grid: repeat(3, 42px) / repeat(3, 42px) }
+@media (pointer: coarse) { #pad { display: flex } nav button::before { display: none } }
 @media (max-width: 800px) and (orientation: portrait) {
   body { grid: "head" auto "main" 1fr "side" auto "pad" auto "bar" auto / minmax(0, 1fr); gap: 5px; padding: 5px }
-  header { flex-wrap: wrap } aside { display: grid; grid: auto / 1fr 1fr; gap: 5px } section { padding: 3px 8px }
-  #about, #rewards, #keys, #policy:has(.many), aside:has(#drifts:not([hidden])) #policy { display: none }
-  dl { grid-template-columns: repeat(3, auto 1fr); gap: 0 6px } section:has(dl) { grid-column: 1 / 3; font-size: 14px }
-  nav button { padding: 4px 6px; flex: 1 } .tokens b { color: #0000; text-shadow: none }
-}
-@media (max-height: 520px) {
-  #policy, #rewards, #drifts, #keys { display: none } #pad { position: fixed; inset: auto 8px 80px; opacity: .7 }
+  aside { display: grid; grid: auto / 1fr 1fr; gap: 5px } #policy { max-height: 92px; overflow-y: auto }
+  section:has(#facts) { grid-column: 1 / 3 } dl { grid-template-columns: repeat(3, auto 1fr) }
+  nav button { padding: 4px 6px; flex: 1 } .over b { color: #0000; text-shadow: none }
+  #about, #Reward { display: none }
 }
 </style>
-<header><h1 id=title>IRIS</h1><span id=about></span><span id=notice role=status>Connecting</span></header> <main></main>
+<header><h1 id=title>IRIS</h1> <span id=about></span> <b id=notice role=status>Connecting</b></header>
+<main id=main></main>
 <aside><section><dl id=facts></dl></section> <section id=policy><h2>Policy</h2><div id=shares></div></section>
-<section id=values></section> <section id=rewards></section> <section id=drifts></section>
-<section id=keys><h2>Keys</h2><span id=help></span></section> <section id=recorded hidden>
-<h2>Recording <a id=download download>download</a></h2><video id=clip controls preload=auto></video></section></aside>
-<div id=pad><div id=cross></div><b id=space>FIRE</b></div> <nav id=bar></nav>
+<section id=traces></section> <section id=recorded hidden><h2>Recording <a id=download download>download</a></h2>
+<video id=clip controls preload=auto width=100% height=120></video></section></aside>
+<div id=pad><div id=cross></div> <b id=space>FIRE</b></div> <nav id=bar></nav>
 <script>
-const el = (id) => document.getElementById(id), tab = Math.random().toString(36), buttons = {}, down = {};
-const nameOf = (event) => event.key.toLowerCase().replace("arrow", "").replace(" ", "space");
-let count = 0, latest = null, tokensShown = false;
-document.querySelector("main").innerHTML = `<figure><figcaption></figcaption><div class=frame><img alt="">
-  <div class=tokens></div><div class=note></div></div></figure>`.repeat(3);
-const arms = {"up left": "", up: "&#x25B4;", "up right": "", left: "&#x25C2;", "": "", right: "&#x25B8;",
-  "down left": "", down: "&#x25BE;", "down right": ""};
-el("cross").innerHTML = Object.entries(arms).map(([keys, arrow]) => `<b id="${keys}">${arrow}</b>`).join("");
+const el = (id) => document.getElementById(id), tab = Math.random().toString(36), held = new Set();
+let count = 0, latest = null, tokensShown = false, bar = "";
+el("main").innerHTML = "<figure><figcaption></figcaption><img alt=''><div class=over></div></figure>".repeat(3);
+el("cross").innerHTML = ["up left", "up", "up right", "left", "", "right", "down left", "down", "down right"]
+  .map((keys, i) => `<b id="${keys}">${"◤▲◥◀·▶◣▼◢"[i]}</b>`).join("");
 
 // --- What the server sends
 function show(message) {
   latest = message;
-  const {place, who, names, action, paused, recording, policy, traces, drift, file, panels} = message;
+  const {place, who, names, action, paused, recording, trouble, policy, traces, drift, file, panels} = message;
   const where = {game: "the game", dream: "the dream", both: "game and dream"}[place];
-  const marks = {paused, recording, "the end": message.end, [message.trouble]: true, [message.warning]: true};
-  const notice = Object.keys(marks).filter((text) => text && marks[text]).join(" · ");
-  const texts = {title: `IRIS: ${message.game}, ${where}`, about: message.about, help: message.help, notice};
+  const notices = [paused && "paused", recording && "recording", message.end && "the end", trouble];
+  const texts = {title: `IRIS: ${message.game}, ${where}`, about: message.about, notice: notices.filter(Boolean).join()};
   for (const id in texts) el(id).textContent = texts[id];
   const facts = {Step: message.step, Return: message.return, Plays: who, Action: names[action] ?? "-",
     Reward: message.reward, Speed: message.fps.toFixed(0)};
   el("facts").innerHTML = Object.entries(facts).map(([name, fact]) => `<dt>${name}<dd>${fact}`).join("");
   el("policy").hidden = !policy;
-  el("shares").className = names.length > 9 ? "many" : "";
   el("shares").innerHTML = (policy ?? []).map((share, i) => `<span class=${i == action && "on"}>${names[i]}</span>
     <s style="--share: ${100 * share}%"></s><span>${Math.round(100 * share)}%</span>`).join("");
-  trace("values", "Value", traces[0], message.value?.toFixed(2));
-  trace("rewards", "Reward", traces[1], message.reward);
-  trace("drifts", "Error", traces[2], drift && `${drift[1].toFixed(3)}, step ${drift[0]}`);
+  el("traces").innerHTML = trace("Value", message.value?.toFixed(2), traces[0])
+    + trace("Reward", message.reward, traces[1])
+    + trace("Error", drift && `${drift[1].toFixed(3)}, step ${drift[0]}`, traces[2]);
   el("recorded").hidden = !file;
   if (file && !el("clip").src.endsWith(file)) el("clip").src = el("download").href = file;
+  el("main").style = `--ratios: ${panels.reduce((sum, panel) => sum + panel.width / panel.height, 0)}`;
   document.querySelectorAll("figure").forEach((figure, i) => {
-    figure.hidden = !panels[i];
-    if (panels[i]) showPanel(panels[i], figure.children[0], figure.children[1]);
+    const [title, image, over] = figure.children, panel = panels[i];
+    figure.hidden = !panel;
+    if (!panel) return;
+    title.textContent = panel.title;
+    image.src = panel.png;
+    over.innerHTML = panel.note ? `<p>${panel.note}</p>` : tokensShown ? panel.tokens.join("") : "";
+    figure.style = `--pixels: ${panel.height / devicePixelRatio}px; --ratio: ${panel.width} / ${panel.height};
+      --side: ${Math.sqrt(panel.tokens.length)}`;
   });
-  document.body.style = `--ratios: ${panels.reduce((sum, panel) => sum + panel.width / panel.height, 0)}`;
-  const dreams = {game: "into the dream", dream: "back to game", both: "dream anew"};
-  const labels = {m: who == "you" ? "agent" : "take over", t: dreams[place], enter: "restart", e: "one step",
-    ".": paused ? "resume" : "pause", ",": recording ? "stop" : "record",
-    n: "next", p: "previous", h: "start", left: "1 back", right: "1 on", down: "10 back", up: "10 on", g: "tokens",
-    "-": "slower", "+": "faster", f: "full screen", q: "quit"};
+  const labels = {m: who == "you" ? "agent" : "take over", enter: "next game", j: "back", e: "one step",
+    t: {game: "into the dream", dream: "back to game", both: "dream anew"}[place], ".": paused ? "resume" : "pause",
+    ",": recording ? "stop" : "record", g: "tokens", "-": "slower", "+": "faster", f: "full screen", q: "quit"};
   const on = {".": paused, ",": recording, g: tokensShown, f: document.fullscreenElement, t: place == "dream"};
-  for (const key of Object.keys(labels).filter((key) => ["g", "f", ...message.keys].includes(key))) {
-    buttons[key] ??= el("bar").appendChild(document.createElement("button"));
-    Object.assign(buttons[key], {value: key, textContent: labels[key], ariaPressed: !!on[key]});
-  }
+  const buttons = message.keys.map((key) => `<button value="${key}" aria-pressed=${!!on[key]}>${labels[key]}</button>`);
+  if (bar != buttons.join("")) el("bar").innerHTML = bar = buttons.join("");
 }
-function showPanel(panel, title, frame) {
-  const [image, tokens, note] = frame.children, noise = latest.noise[panel.title];
-  frame.style = `--pixels: ${panel.height / devicePixelRatio}px; --ratio: ${panel.width} / ${panel.height}`;
-  title.textContent = panel.title;
-  image.src = panel.png;
-  Object.assign(note, {hidden: !noise, textContent: noise});
-  Object.assign(tokens, {hidden: !tokensShown, style: `--side: ${Math.sqrt(panel.tokens.length)}`});
-  tokens.innerHTML = panel.tokens.map((token, i) => `<b class=${panel.changed[i] && "on"}>${token}</b>`).join("");
-}
-function trace(id, title, values, text) {
-  const known = (values ?? []).map((value) => value ?? 0), low = Math.min(0, ...known);
-  const high = Math.max(low + 0.01, ...known);
-  const points = known.map((value, i) => `${i},${37 - 34 * (value - low) / (high - low)}`).join(" ");
-  el(id).hidden = (text ?? null) === null;
-  el(id).innerHTML = `<h2>${title}<b>${text}</b></h2><svg viewBox="0 0 100 40" preserveAspectRatio=none>
-    <polyline vector-effect=non-scaling-stroke points="${points}" /></svg>`;
+function trace(title, text, values = []) {
+  const low = Math.min(0, ...values), high = Math.max(low + 0.01, ...values);
+  const points = values.map((value, i) => `${i},${37 - 34 * (value - low) / (high - low)}`).join(" ");
+  return text == null ? "" : `<div id=${title}><h2>${title}<b>${text}</b></h2><svg viewBox="0 0 100 40"
+    preserveAspectRatio=none><polyline vector-effect=non-scaling-stroke points="${points}" /></svg></div>`;
 }
 const events = new EventSource("/pictures");  // connects again by itself
-events.onerror = () => el("notice").textContent = "No connection: iris_play.py has stopped, or the line is broken";
 events.onmessage = (event) => show(JSON.parse(event.data));
+events.onerror = () => el("notice").textContent = "No connection: iris_play.py has stopped, or the line is broken";
 
 // --- What the player does. Over a slow line messages may change order: each has a number, and older ones are ignored.
-const send = (pressed) => fetch("/keys", {method: "POST", keepalive: true,
-  body: JSON.stringify({tab, count: ++count, pressed, held: Object.values(down).flat()})}).catch(() => {});
-setInterval(() => Object.keys(down).length && send([]), 300);  // "still held": without it, a key is let go
-function hold(place, keys) {  // `place` is a physical key, or a part of the pad
-  if (!keys.length == !down[place]) return;
-  keys.length ? down[place] = keys : delete down[place];
-  send(keys);
+function send(pressed) {
+  const message = new URLSearchParams({tab, count: ++count, pressed, held: [...held].join(" ")});
+  fetch("/keys?" + message, {method: "POST", keepalive: true}).catch(() => {});
+}
+setInterval(() => held.size && send(""), 300);  // "still held": without it, a key is let go
+function hold(name, on) {  // the name of a key, or of a part of the cross
+  if (on == held.has(name)) return;
+  on ? held.add(name) : held.delete(name);
+  el(name)?.classList.toggle("on", on);
+  send(on ? name : "");
 }
 function press(key) {
   if (key == "g") tokensShown = !tokensShown;
   else if (key == "f") document.fullscreenElement ? document.exitFullscreen() : document.body.requestFullscreen();
-  else send([key]);
+  else send(key);
   show(latest);
 }
-for (const type of ["pointerdown", "pointerover", "pointerup", "pointerout", "pointercancel"])
-  el("pad").addEventListener(type, ({target, buttons, pointerId}) => {
-    const on = buttons > 0 && ["pointerdown", "pointerover"].includes(type) && target.tagName == "B";
-    if (target.hasPointerCapture(pointerId)) target.releasePointerCapture(pointerId);  // a finger may slide on
-    target.classList.toggle("on", on);
-    hold(target.id, on ? target.id.split(" ") : []);
-  });
-for (const type of ["blur", "visibilitychange"])
-  addEventListener(type, () => Object.keys(down).forEach((place) => hold(place, [])));
-addEventListener("keydown", (event) => {
+const nameOf = (event) => event.key.toLowerCase().replace("arrow", "").replace(" ", "space");
+onkeydown = (event) => {
   const key = nameOf(event), isAction = /^(left|right|up|down|space|[wasd0-9])$/.test(key);
-  const onButton = "BUTTON A VIDEO".includes(document.activeElement.tagName) && ["enter", "space"].includes(key);
-  if (event.ctrlKey || event.metaKey || event.altKey || onButton || !(isAction || buttons[key] || key == "=")) return;
+  const onButton = document.activeElement.matches("button, a, video") && ["enter", "space"].includes(key);
+  if (event.ctrlKey || event.metaKey || event.altKey || onButton || !(isAction || latest.keys.includes(key))) return;
   event.preventDefault();
-  if (!event.repeat) isAction ? hold(event.code || key, [key]) : press(key);
-});
-addEventListener("keyup", (event) => hold(event.code || nameOf(event), []));
+  if (!event.repeat) isAction ? hold(key, true) : press(key);
+};
+onkeyup = (event) => hold(nameOf(event), false);
+onblur = () => held.forEach((name) => hold(name, false));
+el("pad").onpointerdown = ({target, pointerId}) => {
+  target.setPointerCapture(pointerId);
+  hold(target.id, true);
+};
+el("pad").onlostpointercapture = ({target}) => hold(target.id, false);  // the finger was lifted
 el("bar").onclick = ({target, detail}) => {
   if (target.value) press(target.value);
-  if (detail) target.blur();  // after the mouse, Enter and space belong to the game again
+  if (detail) document.activeElement.blur();  // after the mouse, Enter and space belong to the game again
 };
 </script>"""
 
@@ -560,34 +515,33 @@ class Page:
         """Serves at the first free port from `port` on, and waits for the first visitor. Raises IrisError."""
         self.fixed, self.message, self.number, self.changed = fixed, "{}", 0, threading.Condition()
         self.tabs: dict[str, tuple[int, float, list[str]]] = {}  # number and time of its latest message, keys held
-        self.pressed, self.recorded, self.visited, name = [], None, threading.Event(), socket.gethostname().lower()
-        family, own, listener = socket.AF_INET6 if ":" in host else socket.AF_INET, port, None
+        self.pressed, self.recorded, self.visited, listener, own = [], None, threading.Event(), None, port
         while not listener:
             try:
-                listener = socket.create_server((host, own), family=family, backlog=256)
+                listener = socket.create_server((host, own), backlog=256)
             except (OSError, OverflowError) as error:
                 if "in use" not in str(error):
                     raise IrisError(f"can't serve at {host}:{own} ({error}): choose another --host, --port") from error
                 own += 1
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32_768)  # a slow line leaves pictures out
+        own, name = listener.getsockname()[1], socket.gethostname().lower()
+        self.ours = {host.lower(), name, "localhost"}
         # A request that is half sent after 10 seconds is dropped.
         handler = type("Handler", (WSGIRequestHandler,), {"timeout": 10, "log": lambda *_: None})
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32_768)  # a slow line leaves pictures out
-        self.hosts, own = {host.lower(), name, "localhost"}, listener.getsockname()[1]
         self.server = make_server(host, own, self.respond, True, request_handler=handler, fd=listener.fileno())
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        address = f"http://{name if host in ('0.0.0.0', '::') else f'[{host}]' if ':' in host else host}:{own}"
+        address = f"http://{name if host == '0.0.0.0' else host}:{own}"
         taken = f" (port {port} is taken)" if port not in (0, own) else ""
         print(f"Open {address} in a browser{taken}. From elsewhere: ssh -L {own}:127.0.0.1:{own} {name}", flush=True)
         if {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & {*os.environ} or sys.platform != "linux":
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        while not self.visited.wait(0.1):
-            pass
+        self.visited.wait()
 
     @Request.application
     def respond(self, request: Request) -> Response:
-        path, own, name = request.path, f"http://{request.host}", re.sub(r":\d+$", "", request.host.lower()).strip("[]")
-        is_ours = name in self.hosts or re.fullmatch(r"[\d.]+|[\da-f:]*:[\da-f:]*", name)  # a number can't be rebound
+        path, own, name = request.path, f"http://{request.host}", request.host.lower().partition(":")[0]
         by_site = request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and path != "/"
+        is_ours = name in self.ours or re.fullmatch(r"[\d.]+", name)  # an address of digits can't be rebound
         if not is_ours or by_site or request.headers.get("Origin", own) != own:
             return Response("This page answers requests of its own only.", 403)
         if path == "/":
@@ -596,18 +550,13 @@ class Page:
             return Response(self.messages(), mimetype="text/event-stream")
         if self.recorded and path == f"/{self.recorded.name}":
             return send_file(self.recorded, request.environ)
-        if path != "/keys":
+        tab, count = request.args.get("tab", ""), request.args.get("count", 0, int)
+        if path != "/keys" or request.method != "POST" or count < 1:
             return Response("There is nothing here.", 404)
-        request.max_content_length = 10_000
-        try:
-            message = json.loads(request.get_data())
-            tab, count, pressed, held = (message[name] for name in ("tab", "count", "pressed", "held"))
-            with self.changed:
-                if int(count) > self.tabs.get(str(tab), (0,))[0]:
-                    self.tabs[str(tab)] = int(count), time.perf_counter(), [*map(str, held)]
-                self.pressed += map(str, pressed)
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            return Response("This is no message about keys.", 400)
+        with self.changed:
+            if count > self.tabs.get(tab, (0,))[0]:
+                self.tabs[tab] = count, time.perf_counter(), request.args.get("held", "").split()
+            self.pressed += request.args.get("pressed", "").split()
         return Response(status=204)
 
     def messages(self) -> Iterator[str]:
@@ -625,10 +574,12 @@ class Page:
         pictures = []
         for title, picture, moment in panels:
             png = base64.b64encode(cv2.imencode(".png", picture[..., ::-1])[1]).decode()
-            tokens, before = ([] if x is None else x[0].tolist() for x in (moment.tokens, moment.before))
-            changed, (height, width, _) = [new != old for new, old in zip(tokens, before)], picture.shape
-            pictures.append({"title": title, "png": "data:image/png;base64," + png, "height": height, "width": width,
-                             "tokens": tokens, "changed": changed})  # fmt: skip
+            now, before = ([] if x is None else x[0].tolist() for x in (moment.tokens, moment.before))
+            pictures.append({
+                "title": title, "png": f"data:image/png;base64,{png}", "height": len(picture),
+                "width": picture.shape[1], "note": self.fixed["notes"].get(title, ""),
+                "tokens": [f"<b class={'on' * (new != old)}>{new}</b>" for new, old in zip(now, before or now)],
+            })  # fmt: skip
         status |= {"panels": pictures, "file": self.recorded.name if self.recorded else ""}
         with self.changed:
             self.message, self.number = json.dumps(self.fixed | status), self.number + 1
@@ -649,39 +600,38 @@ class Page:
 
 # --- Skip on first reading: recorded episodes, files, start-up --------------------------------------------------------
 class Recorded:
-    """The episodes in media/episodes/{test,train,imagination}, as an environment that doesn't heed the action."""
+    """The episodes in media/episodes/{test,train,imagination} as an environment. A seed is the number of an episode,
+    which goes on as it was recorded, whatever the action."""
 
     def __init__(self, folder: Path):
         kinds = "test", "train", "imagination"
-        self.paths, self.number = [path for kind in kinds for path in sorted(folder.glob(f"{kind}/*.npz"))], 0
+        self.paths = [path for kind in kinds for path in sorted(folder.glob(f"{kind}/*.npz"))]
         if not self.paths:
             raise IrisError(f"there are no recorded episodes in {folder.resolve()}: evaluations record some")
 
     def reset(self, seed: int) -> tuple[np.ndarray, dict]:
-        path = self.paths[self.number % len(self.paths)]
+        path = self.paths[seed % len(self.paths)]
         try:
             with np.load(path) as file:
-                self.frames, self.actions, self.rewards = file["frames"], file["actions"], file["rewards"]
+                frames, actions, rewards = file["frames"], file["actions"], file["rewards"]
         except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for a damaged file
             raise IrisError(f"{path} can't be read ({error}): move it away") from error
-        self.title, self.at, self.screen = f"{path.parent.name}/{path.stem}", 0, self.frames[0]
+        self.title, self.screen = f"{path.parent.name}/{path.stem}", frames[0]
+        self.coming = deque(zip([*frames[1:], frames[-1]], actions, rewards))  # no frame is kept after the last step
         return self.screen, {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """After the last step there is no frame: the one before stays."""
-        self.at, last = self.at + 1, self.at
-        self.screen = self.frames[min(self.at, len(self.frames) - 1)]
-        end, info = self.at == len(self.frames), {"recorded": int(self.actions[last])}
-        return self.screen, self.rewards[last], end, False, info
+        self.screen, action, reward = self.coming.popleft()
+        return self.screen, reward, not self.coming, False, {"recorded": int(action)}
 
-    def move(self, world: World, episodes: int, steps: int) -> None:
-        """So many episodes or, in the present one, steps on; 0 and 0 is its start."""
-        target = max(0, world.now.step + steps) if steps else 0
-        if steps <= 0:
-            self.number += episodes
-            world.reset()
-        while world.now.step < target and not world.ended:
-            world.step(0)
+
+def go_back(world: World) -> None:
+    """Ten steps back in a recorded episode; from its first frame, to the episode before."""
+    target = world.real.step - 10
+    world.seed -= 1 if world.real.step else 2
+    world.reset()
+    while world.real.step < target:
+        world.step(0)
 
 
 def write(path: Path, content: bytes) -> None:
@@ -710,10 +660,9 @@ def find_checkpoint(args: Args) -> Path | None:
         return path
     if args.checkpoint or args.run_dir:
         return iris_train.checkpoint_path(args.checkpoint or args.run_dir)
-    runs = Path("runs").glob(re.sub("[/:]", "-", args.env_id) + "*/checkpoint.pt")
-    runs = sorted(runs, key=lambda path: path.stat().st_mtime)
-    game = re.sub(r".*[:/]|(NoFrameskip)?-v\d+$", "", args.env_id).lower()
-    models = sorted(MODELS.glob(f"{game or '*'}.pt"), key=lambda path: path.stem == "breakout")
+    game = game_name(args.env_id).lower() or "*"
+    models = sorted(MODELS.glob(f"{game}.pt"), key=lambda path: path.stem == "breakout")  # Breakout is the last
+    runs = sorted(Path("runs").glob(re.sub("[/:]", "-", args.env_id) + "*/checkpoint.pt"), key=os.path.getmtime)
     if not runs and not models and not args.human:
         raise IrisError("there is no run under runs/: train one (python iris_train.py --preset laptop), or name a file "
                         "with --checkpoint, or a game with --pretrained Breakout")  # fmt: skip
@@ -729,8 +678,7 @@ def check(args: Args) -> None:
         (args.video and (args.human or args.evaluate), "--video shows the agent: leave out --human and --evaluate"),
         (args.video and suffix not in (".webm", ".mp4", ".gif", ".webp"),
          f"--video {args.video}: its name has to end in .webm, .mp4, .gif or .webp"),
-        (args.json and Path(args.json).is_dir(), f"--json {args.json} is a folder"),
-        (suffix in (".gif", ".webp") and (args.steps > 1000 or args.fps > 50), "over 1,000 steps or 50 fps: use .webm"),
+        (suffix in (".gif", ".webp") and args.fps > 50, "a .gif or .webp has at most 50 --fps: use .webm"),
         (not 0.5 <= args.fps <= 1000, f"--fps {args.fps} is not from 0.5 to 1,000"),
         (not (args.temperature >= 0 <= min(numbers) and max(numbers) < 2**31), "a number is negative, or too large"),
         (not args.host, "--host is empty, which would be any address: say 0.0.0.0 if that is meant"),
@@ -742,55 +690,38 @@ def check(args: Args) -> None:
 def main(args: Args) -> None:
     """Plays. Raises IrisError for what the user can put right."""
     check(args)
-    checkpoint, agent, settings, about, untrained = find_checkpoint(args), None, iris_train.Args(), "no models", {}
+    checkpoint, agent, settings, about, notes = find_checkpoint(args), None, iris_train.Args(), "no models", {}
     if checkpoint:
         content, settings = iris_train.read_checkpoint(checkpoint)
         agent, _ = iris_train.load_agent(checkpoint)
-        epoch = content.get("epoch")  # a published checkpoint has none
-        about = f"models of {os.path.relpath(checkpoint)}" + (f", epoch {epoch}" if "epoch" in content else "")
-        starts = {name: getattr(settings, f"{name}_from") for name in ("tokenizer", "world_model", "actor_critic")}
-        untrained = {name: f"The {name.replace('_', ' ')} is not trained before epoch {start}"
-                     for name, start in starts.items() if "epoch" in content and epoch < start}  # fmt: skip
-    named, env_id = args.checkpoint or args.run_dir or args.pretrained, args.env_id or settings.env_id
-    if args.human and not named and env_id != settings.env_id:
-        agent, about, untrained = None, "no models", {}  # those of another game, and a person needs none
-    settings.env_id, settings.device = env_id, args.device
+        epoch = content.get("epoch", settings.epochs)  # published ones are from the end
+        starts = {"The agent's view": settings.tokenizer_from, "The dream": settings.world_model_from,
+                  "The policy": settings.actor_critic_from}  # fmt: skip
+        notes = {what: f"{what} is trained from epoch {n} on" for what, n in starts.items() if epoch < n}
+        about = ". ".join([f"models of {os.path.relpath(checkpoint)}, epoch {epoch}", *notes.values()])
+    settings.env_id, settings.device = args.env_id or settings.env_id, args.device
     device, bf16 = iris_train.choose_device(settings)
     torch.manual_seed(args.seed)
-    env = make_env(env_id, max_frames=settings.test_max_frames)
+    env = make_env(settings.env_id, max_frames=settings.test_max_frames)
     meanings = getattr(env.unwrapped, "get_action_meanings", lambda: map(str, range(env.action_space.n)))
     names = list(meanings())  # the game's own, such as RIGHTFIRE, or else numbers
     if agent and len(names) != agent.world_model.num_actions:
-        what = f"{checkpoint} knows {agent.world_model.num_actions} actions and {env_id} has {len(names)}"
-        raise IrisError(f"{what}: name " + ("a checkpoint of this game" if args.env_id else "its game with --env-id"))
+        raise IrisError(f"{checkpoint} knows {agent.world_model.num_actions} actions and {settings.env_id} has "
+                        f"{len(names)}: the checkpoint and --env-id have to be of the same game")  # fmt: skip
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         agent = agent and agent.to(device)
         if args.evaluate:
             return evaluate(agent, settings, args, device, checkpoint)
-        print(". ".join([about, *untrained.values()]), flush=True)
-        # Published agents are in a cache, and results/models with the source: nobody would look there for recordings.
-        folder = checkpoint.parent if checkpoint and (checkpoint.parent / "args.json").exists() else Path("runs/played")
         place = "dream" if args.world_model else "both" if args.compare else "game"
-        recorded = Recorded(folder / "media/episodes") if args.episodes else None
-        world = World(recorded or env, agent, device, args.seed, place, args.reconstruction or args.episodes)
-        if recorded:
-            steps = {"right": 1, "left": -1, "up": 10, "down": -10}
-            moves = {"n": (1, 0), "p": (-1, 0), "h": (0, 0)} | {key: (0, n) for key, n in steps.items()}
-            world.commands |= {key: lambda way=way: recorded.move(world, *way) for key, way in moves.items()}
+        world = World(env, agent, device, args.seed, place, all_views=args.reconstruction or args.episodes)
+        if args.episodes:
+            world.env, world.seed = Recorded(checkpoint.parent / "media" / "episodes"), 0
+            world.commands["j"] = lambda: go_back(world)
         if args.video:
-            endless, episodes = place != "game" or args.video.endswith((".gif", ".webp")), int(not args.steps)
-            args.steps = args.steps or 1000 * endless
-            return play(world, agent, Video(Path(args.video), args.fps), names, args, folder, episodes=episodes)
-        words = dict.fromkeys(word for name in names for word in WORDS.findall(name))
-        keys = [f"{word}: {'/'.join(key for key in KEYS if KEYS[key] == word)}" for word in words]
-        noise = untrained.get("tokenizer", "")
-        page = Page(args.host, args.port, {
-            "game": env_id.removesuffix("NoFrameskip-v4"), "about": about, "help": "   ".join(keys),
-            "warning": ". ".join(untrained.values()),
-            "noise": {"The dream": noise or untrained.get("world_model", ""), "The agent's view": noise},
-        })  # fmt: skip
-        who = "you" if args.human or (args.world_model and not args.agent) else "recorded" if recorded else "agent"
-        play(world, agent, page, names, args, folder, who)
+            return play(world, agent, None, Video(Path(args.video), args.fps), names, args, "agent")
+        page = Page(args.host, args.port, {"game": game_name(settings.env_id), "about": about, "notes": notes})
+        is_person = args.human or (args.world_model and not args.agent)
+        play(world, agent, page, None, names, args, "you" if is_person else "recorded" if args.episodes else "agent")
 
 
 if __name__ == "__main__":

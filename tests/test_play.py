@@ -24,7 +24,7 @@ from PIL import Image
 import iris_play
 import iris_train
 import reference
-from iris_play import Moment, World, choose, human_normalised, think
+from iris_play import Moment, World, choose, think
 from iris_train import IrisError, load_agent, make_env, to_model, to_stored
 from test_command_line import ROOT, assert_one_clear_line, environment
 from test_train import FAST
@@ -211,7 +211,7 @@ def test_game_and_dream_are_compared_where_either_has_moved_since_they_were_one(
 
 
 class Script:
-    """A screen that shows nothing and presses what a test has written down: read number -> keys."""
+    """A page that shows nothing and presses what a test has written down: read number -> keys."""
 
     def __init__(self, pressed, held=()):
         self.pressed, self.held, self.count, self.shown = pressed, list(held), 0, []
@@ -228,19 +228,19 @@ class Script:
         self.closed = True
 
 
-def scripted(breakout, folder, pressed, held=(), who="you", place="game", **changes):
+def scripted(breakout, pressed, held=(), who="you", place="game", **changes):
     agent, game = world(breakout, place, seed=7)
     game.seed = 7
-    screen, args = Script(pressed, held), iris_play.Args(fps=1000, **changes)
+    page, args = Script(pressed, held), iris_play.Args(fps=1000, **changes)
     with torch.no_grad():
-        iris_play.play(game, agent, screen, ["NOOP", "FIRE", "RIGHT", "LEFT"], args, folder, who)
-    assert screen.closed
-    return screen.shown
+        iris_play.play(game, agent, page, None, ["NOOP", "FIRE", "RIGHT", "LEFT"], args, who)
+    assert page.closed
+    return page.shown
 
 
-def test_pause_one_step_hand_over_restart_and_speed_do_what_they_say(breakout, tmp_path):
+def test_pause_one_step_hand_over_restart_and_speed_do_what_they_say(breakout):
     pressed = {4: ["."], 8: ["e"], 9: ["e"], 12: ["."], 15: ["m"], 20: ["enter"], 21: ["-"], 23: ["q"]}
-    shown = scripted(breakout, tmp_path, pressed, held=["right"])
+    shown = scripted(breakout, pressed, held=["right"])
     steps = [0, 1, 2, 3, 3, 3, 3, 3, 4, 5, 5, 5, 6, 7, 8, 9, 10, 11, 12, 13, 0, 1, 2]
     assert [status["step"] for status in shown] == steps
     assert [status["paused"] for status in shown[3:6]] == [False, True, True]
@@ -249,16 +249,16 @@ def test_pause_one_step_hand_over_restart_and_speed_do_what_they_say(breakout, t
     assert len(shown[19]["traces"][0]) == 13 and len(shown[19]["policy"]) == 4
 
 
-def test_with_human_the_agent_is_computed_only_where_it_plays_or_where_there_is_a_dream(breakout, tmp_path):
-    shown = scripted(breakout, tmp_path, {4: ["m"], 8: ["m"], 12: ["t"], 16: ["q"]}, human=True)
+def test_with_human_the_agent_is_computed_only_where_it_plays_or_where_there_is_a_dream(breakout):
+    shown = scripted(breakout, {4: ["m"], 8: ["m"], 12: ["t"], 16: ["q"]}, human=True)
     computed = [status["value"] is not None for status in shown]
     assert computed == [False] * 4 + [True] * 4 + [False] * 4 + [True] * 4
 
 
-def test_policy_is_sampled_at_the_temperature(breakout, tmp_path):
-    greedy = scripted(breakout, tmp_path, {30: ["q"]}, who="agent", temperature=0.0)
+def test_policy_is_sampled_at_the_temperature(breakout):
+    greedy = scripted(breakout, {30: ["q"]}, who="agent", temperature=0.0)
     assert all(after["action"] == np.argmax(before["policy"]) for before, after in zip(greedy, greedy[1:]))
-    random = scripted(breakout, tmp_path, {60: ["q"]}, who="agent", temperature=float("inf"))
+    random = scripted(breakout, {60: ["q"]}, who="agent", temperature=float("inf"))
     assert random[0]["policy"] == [0.25] * 4 and len({status["action"] for status in random[1:]}) == 4
 
 
@@ -283,9 +283,9 @@ def test_a_video_is_one_whole_episode_if_nothing_is_said_and_many_episodes_are_o
     env.reset(seed=5)
     length = env.unwrapped.length
     assert f"play.webm: {length + 1} frames" in result.stdout, (result.stdout, result.stderr)
-    assert f"1 episodes of mean return {2 * length}" in result.stdout
+    assert f"{length} steps, " in result.stdout
     many = run("--run-dir", counter, "--video", tmp_path / "many.webm", "--steps", 100)
-    assert len(many.stdout.splitlines()) == 3, many.stdout
+    assert len(many.stdout.splitlines()) == 2 and "101 frames" in many.stdout, many.stdout
 
 
 @pytest.mark.parametrize("flags", [["--video", "x.webm"], ["--video", "x.gif"], ["--evaluate", 1, "--json", "x.json"]])
@@ -298,30 +298,45 @@ def test_on_a_full_disk_there_is_one_clear_line_and_nothing_is_left(counter, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_recording_that_cannot_be_kept_does_not_end_the_game(breakout, tmp_path):
-    (tmp_path / "media").touch()  # in the folder's place
-    shown = scripted(breakout, tmp_path, {2: [","], 5: ["q"]})
+def test_a_recording_that_cannot_be_kept_does_not_end_the_game(breakout, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").touch()  # in the folder's place
+    shown = scripted(breakout, {2: [","], 5: ["q"]})
     assert len(shown) == 5 and "can't write" in shown[2]["trouble"]
 
 
-def test_recorded_episodes_are_walked_by_step_by_ten_and_by_episode(breakout):
+def test_a_recording_has_all_panels_and_a_picture_for_each_step(breakout, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scripted(breakout, {2: [","], 4: ["."], 6: ["e"], 9: [","], 11: ["q"]}, place="both")  # paused from 4 on
+    (path,) = (tmp_path / "runs/recordings").iterdir()
+    pictures, _ = pictures_of(path)
+    assert len(pictures) == 4 and pictures[0].shape[1] > 1.8 * pictures[0].shape[0]
+
+
+def test_recorded_episodes_are_walked_step_by_step_ten_back_and_by_episode(breakout):
     agent, _ = load_agent(breakout)
     recorded = iris_play.Recorded(breakout / "media/episodes")
-    game = World(recorded, agent, CPU, 1, "game", all_views=True)
+    game = World(recorded, agent, CPU, 0, "game", all_views=True)
     game.reset()
     content = np.load(sorted((breakout / "media/episodes/test").glob("*.npz"))[0])
-    for episodes, steps, now in [(0, 1, 1), (0, 10, 11), (0, -1, 10), (0, -10, 0), (0, -1, 0), (0, 10, 10), (0, 0, 0)]:
-        recorded.move(game, episodes, steps)
+    for steps, now in [(1, 1), (12, 13), (None, 3), (9, 12), (None, 2), (None, 0)]:  # None: ten back
+        for _ in range(steps or 0):
+            game.step(0)
+        if not steps:
+            iris_play.go_back(game)
         assert game.now.step == now and np.array_equal(game.now.frame, content["frames"][now])
         assert game.now.total == content["rewards"][:now].sum()
-    recorded.move(game, 0, 1000)
-    assert game.ended and game.now.step == len(content["frames"]) and game.now.action == content["actions"][-1]
+    while not game.ended:
+        game.step(0)
+    assert game.now.step == len(content["frames"]) and game.now.action == content["actions"][-1]
     titles = []
     for _ in range(4):
         titles.append(game.panels()[0][0])
-        recorded.move(game, 1, 0)
+        game.reset()
     assert [title.split("_")[0] for title in titles] == ["test/e0", "test/e1", "train/e0", "train/e1"]
     assert game.panels()[0][0] == titles[0]
+    iris_play.go_back(game)  # from the first frame: the episode before
+    assert game.panels()[0][0] == titles[3]
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -341,9 +356,16 @@ def test_evaluation_prints_the_statistics_of_a_policy_whose_score_is_known(count
     assert re.search(rf"mean +{np.mean(returns):.2f}", result.stdout) and kept["human_normalised"] is None
 
 
-def test_human_normalised_score_is_0_for_random_and_1_for_human_play():
-    assert human_normalised(BREAKOUT, 1.7) == 0 and human_normalised(BREAKOUT, 30.5) == 1
-    assert human_normalised("ALE/Pong-v5", 14.6) == 1 and human_normalised("Counter-v0", 3) is None
+@pytest.mark.parametrize(
+    "env_id, mean, normalised",
+    [(BREAKOUT, 1.7, 0), (BREAKOUT, 30.5, 1), ("ALE/Pong-v5", 14.6, 1), ("tests.games:Counter-v0", 3.0, None)],
+)
+def test_human_normalised_score_is_0_for_random_and_1_for_human_play(env_id, mean, normalised, tmp_path, monkeypatch):
+    games = [{"return": mean, "length": 1}]
+    monkeypatch.setattr(iris_train, "play_test_episodes", lambda *arguments, **options: games)
+    args = iris_play.Args(evaluate=1, json=str(tmp_path / "score.json"))
+    iris_play.evaluate(None, iris_train.Args(env_id=env_id), args, CPU, tmp_path)
+    assert json.loads((tmp_path / "score.json").read_text())["human_normalised"] == normalised
 
 
 def test_evaluation_sets_an_atari_score_beside_a_humans_and_the_papers(breakout, tmp_path):
@@ -409,8 +431,8 @@ def test_a_published_checkpoint_plays_in_the_dream(published, tmp_path):
     "arguments, message",
     [
         (["--checkpoint", "/nonexistent.pt"], "no checkpoint can be read at /nonexistent.pt"),
-        (["--checkpoint", "{published}", "--env-id", "PongNoFrameskip-v4"], "knows 4 actions and Pong.* has 6"),
-        (["--human", "--checkpoint", "{published}", "--env-id", "BoxingNoFrameskip-v4"], "name a checkpoint of this"),
+        (["--checkpoint", "{published}", "--env-id", "PongNoFrameskip-v4"], "knows 4 actions and Pong.* has 6: .*same game"),
+        (["--human", "--checkpoint", "{published}", "--env-id", "BoxingNoFrameskip-v4"], "have to be of the same"),
         (["--run-dir", "{run}", "--host", ""], "--host is empty"),
         (["--run-dir", "{run}", "--host", "192.0.2.1"], "can't serve at 192.0.2.1"),
         (["--run-dir", "{run}", "--video", "x.avi"], "has to end in .webm, .mp4, .gif or .webp"),
@@ -480,8 +502,7 @@ class Server:
         return connection.getresponse()
 
     def press(self, key):
-        message = {"tab": "t", "count": 1, "pressed": [key], "held": []}
-        return self.request("POST", "/keys", json.dumps(message)).status
+        return self.request("POST", f"/keys?tab=t&count=1&pressed={key}").status
 
     def messages(self):
         """What a tab is sent."""
@@ -501,20 +522,20 @@ def serve():
 
 def test_page_refuses_other_origins_other_names_and_what_is_no_message(counter, serve):
     server = serve("--run-dir", counter)
-    here, keys = f"127.0.0.1:{server.port}", json.dumps({"tab": "t", "count": 1, "pressed": [], "held": []})
+    here, keys = f"127.0.0.1:{server.port}", "/keys?tab=t&count=1&pressed=1"
     assert server.request("GET", "/").status == 200
     assert server.request("GET", "/", Host=f"localhost:{server.port + 1}").status == 200  # through an ssh tunnel
-    assert server.request("POST", "/keys", keys, Host=here, Origin=f"http://{here}").status == 204
+    assert server.request("POST", keys, Host=here, Origin=f"http://{here}").status == 204
     for refused in (
         {"Host": f"evil.example:{server.port}"}, {"Host": here, "Origin": "http://evil.example"},
         {"Host": here, "Origin": "null"}, {"Host": here, "Sec_Fetch_Site": "cross-site"},
     ):  # fmt: skip
-        assert server.request("POST", "/keys", keys, **refused).status == 403
+        assert server.request("POST", keys, **refused).status == 403
         assert server.request("GET", "/pictures", **refused).status == 403
-    for body in ("", "[]", "{}", "no json", '{"tab": 1, "count": "x", "pressed": [], "held": []}',
-                 '{"tab": 1, "count": 1, "pressed": null, "held": []}'):  # fmt: skip
-        assert server.request("POST", "/keys", body).status == 400
-    assert server.request("POST", "/keys", "x" * 20_000).status == 413
+    for message in ("", "?tab=t", "?tab=t&count=x&pressed=q", "?tab=t&count=-1&pressed=q"):
+        assert server.request("POST", "/keys" + message).status == 404
+    assert server.request("GET", keys).status == 404  # an image on another site could ask for it
+    assert server.request("POST", "/keys?tab=" + "x" * 70_000).status == 414
     assert server.request("GET", "/etc/passwd").status == server.request("GET", "/../iris_play.py").status == 404
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(60) == 130
@@ -595,7 +616,7 @@ class Tab:
         return self.js(f"return {names}.find((x) => x.innerText == arguments[0]).nextSibling.innerText", name)
 
     def button(self, key):
-        return self.js("return buttons[arguments[0]]", key)
+        return self.js("return document.querySelector(`button[value='${arguments[0]}']`)", key)
 
     def key(self, *names, kinds=("keyDown", "keyUp")):
         texts = {"Enter": "\r", " ": " "}
@@ -633,12 +654,12 @@ def test_page_fits_the_screen_without_scrolling_or_overlaps_and_is_legible(
         const box = (x) => (({left, top, right, bottom}) => [left, top, right, bottom])(x.getBoundingClientRect());
         return {
           page: [document.documentElement.scrollWidth, document.documentElement.scrollHeight, innerWidth, innerHeight],
-          boxes: shown("header, .frame, section, nav button, #pad b").map(box),
+          boxes: shown("header, figure, section, nav button, #pad b").map(box),
           inside: shown("section").every((x) => x.scrollWidth <= x.clientWidth),
-          frames: shown(".frame").map((x, i) => x.clientWidth * devicePixelRatio / latest.panels[i].width),
+          frames: shown("figure").map((x, i) => x.clientWidth * devicePixelRatio / latest.panels[i].width),
           type: Math.min(...shown("body *").filter((x) => x.innerText)
             .map((x) => parseFloat(getComputedStyle(x).fontSize))),
-          colour: getComputedStyle(document.body).backgroundColor, lit: shown(".tokens b").length}"""
+          colour: getComputedStyle(document.body).backgroundColor, lit: shown(".over b").length}"""
     )
     assert measured["page"] == [width, height, width, height] and measured["inside"]
     assert measured["type"] >= 14 and measured["lit"] == 16 * expected
@@ -699,7 +720,7 @@ def test_by_keyboard_alone_one_takes_over_pauses_steps_into_the_dream_and_back_a
     assert tab.fact("Plays") == "agent" and "the game" in tab.text("title") and "%" in tab.text("shares")
     tab.key("m")
     wait_until(lambda: tab.fact("Plays") == "you")
-    tab.js("buttons['.'].focus()")  # Enter on a button presses it, and does not restart the game
+    tab.js("document.querySelector('nav [value=\".\"]').focus()")  # Enter on a button presses it, and does not restart the game
     tab.key("Enter")
     wait_until(lambda: "paused" in tab.text("notice") and tab.button(".").text == "resume")
     assert tab.button(".").get_attribute("aria-pressed") == "true"
@@ -711,7 +732,7 @@ def test_by_keyboard_alone_one_takes_over_pauses_steps_into_the_dream_and_back_a
     tab.key("e")
     wait_until(lambda: int(tab.fact("Step")) == step + 2)
     tab.key("g")
-    assert len(tab.js("return [...document.querySelectorAll('.tokens b')].filter((x) => x.checkVisibility())")) == 16
+    assert len(tab.js("return [...document.querySelectorAll('.over b')].filter((x) => x.checkVisibility())")) == 16
     tab.key("t")
     wait_until(lambda: "the game" in tab.text("title") and int(tab.fact("Step")) == step + 1)
     tab.key("Escape")
@@ -732,15 +753,14 @@ def test_compare_counts_the_steps_since_the_frame_that_game_and_dream_share(brea
     server = serve("--run-dir", breakout, "--compare", "--fps", 30)
     tab = Tab(browser, server.url)
     wait_until(lambda: tab.js("return latest.drift[0]") > 10)
-    assert re.search(r"0\.\d{3}, step \d+", tab.text("drifts"))  # the error, and the steps since
+    assert re.search(r"0\.\d{3}, step \d+", tab.text("traces"))  # the error, and the steps since
     tab.button("t").click()
     wait_until(lambda: tab.js("return latest.drift[0]") < 10)
     assert tab.js("return latest.step") > 10  # the game itself went on
 
 
-def test_a_recording_plays_back_in_the_page_and_can_be_downloaded(breakout, serve, browser):
-    shutil.rmtree(breakout / "media/recordings", ignore_errors=True)
-    server = serve("--run-dir", breakout, "--world-model", "--agent", "--fps", 20)
+def test_a_recording_plays_back_in_the_page_and_can_be_downloaded(breakout, serve, browser, tmp_path):
+    server = serve("--run-dir", breakout, "--world-model", "--agent", "--fps", 20, cwd=tmp_path)
     tab = Tab(browser, server.url)
     tab.key(",")
     wait_until(lambda: "recording" in tab.text("notice") and tab.button(",").text == "stop")
@@ -751,7 +771,7 @@ def test_a_recording_plays_back_in_the_page_and_can_be_downloaded(breakout, serv
     wait_until(lambda: tab.js("return document.getElementById('clip').readyState >= 2"))
     tab.js("document.getElementById('clip').play()")
     wait_until(lambda: tab.js("return document.getElementById('clip').currentTime > 0.2"))
-    (path,) = (breakout / "media/recordings").iterdir()
+    (path,) = (tmp_path / "runs/recordings").iterdir()
     assert server.request("GET", "/" + link).read() == path.read_bytes()
     assert len(pictures_of(path)[0]) > 20
 
@@ -759,9 +779,9 @@ def test_a_recording_plays_back_in_the_page_and_can_be_downloaded(breakout, serv
 def test_a_component_that_is_not_trained_yet_is_said_in_place_of_noise(serve, browser, tmp_path):
     run = make_run(tmp_path / "run", BREAKOUT, epoch=5)
     tab = Tab(browser, serve("--run-dir", run, "--world-model").url)
-    assert "The world model is not trained before epoch 13" in tab.text("notice")
-    note = tab.js("return document.querySelector('figure .note').innerText")
-    assert "The world model is not trained before epoch 13" in note and "epoch 5" in tab.text("about")
+    note = tab.js("return document.querySelector('.over p').innerText")
+    assert note == "The dream is trained from epoch 13 on" and note in tab.text("about")
+    assert "epoch 5" in tab.text("about") and "The policy is trained from epoch 18 on" in tab.text("about")
 
 
 def test_a_person_plays_without_any_models(serve, browser, tmp_path):
