@@ -12,8 +12,7 @@ chooses the actions, and the transformer of chapter 2 answers with the next fram
 What the player sees of that:
     16 tokens   Each stands for about 16 x 16 pixels. One wrong token, and a ball of two pixels jumps, or is gone.
     sampling    Rewards, ends and tokens are drawn, not argmaxed: the same keys in the same frame give another dream.
-    refill      The context holds 20 steps. When it is full, the latest 10 are kept and read again: this step is slower,
-                and what was out of sight for 10 steps is forgotten.
+    refill      A full context, of 20 steps, is cut to the latest 10: what was out of sight for longer is forgotten.
 
 Run it:   python iris_play.py                        # the agent of the newest run plays the real game
           python iris_play.py --world-model          # you play in its dream; `--agent`: it plays there itself
@@ -34,7 +33,6 @@ import sys
 import threading
 import time
 import webbrowser
-from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Iterator
@@ -110,18 +108,17 @@ class Moment:
 
 class World:
     """The real game, and a dream of it. `place` says which of them is played: "game", "dream", or "both".
-
     A dream begins with a real frame. From then on the real game waits where it was left, unless both are played."""
 
     def __init__(self, env, agent: Agent | None, device: torch.device, seed: int, place: str, all_views: bool = False):
         self.env, self.device, self.seed, self.home, self.all_views = env, device, seed, place, all_views
         self.dream = Dream(agent.tokenizer, agent.world_model) if agent else None
-        across = {"game": "dream", "dream": "game", "both": "both"}  # where `t` leads
+        across = {"game": "dream", "dream": "game", "both": "both"}
         self.commands = {"t": lambda: self.enter(across[self.place])} if agent else {}  # by key
 
-    def reset(self) -> None:
-        """The game of the next seed, and its dream."""
-        self.real, self.seed = Moment(self.env.reset(seed=self.seed)[0]), self.seed + 1
+    def reset(self, back: int = 0) -> None:
+        """The game of the next seed, or of one further back, and its dream."""
+        self.real, self.seed = Moment(self.env.reset(seed=self.seed - back)[0]), self.seed - back + 1
         self.enter(self.home)
 
     def enter(self, place: str) -> None:
@@ -162,9 +159,8 @@ class World:
     def drift(self) -> tuple[int, float]:
         """Steps since game and dream were one; their mean absolute difference where either has changed since [ours]."""
         real, dream, *then = (m.frame.astype(np.float32) / 255 for m in (self.real, self.dreamed, *self.parted))
-        changed = np.maximum(np.abs(real - then[0]), np.abs(dream - then[1])).max(axis=2) > 0.1  # (64, 64)
-        difference = float(np.abs(real - dream)[changed].mean()) if changed.any() else 0.0
-        return self.real.step - self.parted[0].step, difference
+        moved = np.maximum(np.abs(real - then[0]), np.abs(dream - then[1])).max(axis=2) > 0.1  # (64, 64)
+        return self.real.step - self.parted[0].step, float(np.abs(real - dream)[moved].sum() / max(1, 3 * moved.sum()))
 
     def panels(self) -> list[tuple[str, np.ndarray, Moment]]:
         """What is shown: for each panel a title, a picture (H, W, 3) uint8, and whose tokens lie over it."""
@@ -252,15 +248,13 @@ def play(world: World, agent: Agent | None, page, film: "Video | None", names: l
             if "m" in pressed and "m" in keys:
                 who = "you" if who == "agent" else "agent"
             if "," in pressed:
-                old, film, trouble = film, None, ""
                 try:
-                    if old:
-                        old.close()
-                        page.recorded = old.path
-                    else:
-                        film = Video(Path(time.strftime("runs/recordings/%Y%m%d_%H%M%S.webm")), fps)
+                    if film:
+                        film.close()
+                        page.recorded = film.path
+                    film, trouble = None if film else Video(Path(f"runs/recordings/{time.time():.0f}.webm"), fps), ""
                 except IrisError as error:  # a game goes on even if the disk is full
-                    trouble = str(error)
+                    film, trouble = None, str(error)
 
             # Act.
             if asked := [key for key in pressed if key in world.commands]:
@@ -293,13 +287,12 @@ def evaluate(agent: Agent, settings: iris_train.Args, args: Args, device: torch.
     path = Path(__file__).parent / "results" / "published_scores.csv"
     rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
     known = {player: float(score) for game, player, score in rows if game == game_name(settings.env_id)}  # may be empty
-    chance = known.get("random")
     result = {
         "env_id": settings.env_id, "checkpoint": str(checkpoint), "temperature": str(args.temperature),
         "seed": args.seed, "episodes": n, "steps": sum(game["length"] for game in games), "mean": returns.mean(),
         "standard_error": returns.std(ddof=1) / n**0.5 if n > 1 else None, "median": np.median(returns),
         "min": returns.min(), "max": returns.max(), "paper": known.get("iris"),
-        "human_normalised": (returns.mean() - chance) / (known["human"] - chance) if known else None,
+        "human_normalised": (returns.mean() - known["random"]) / (known["human"] - known["random"]) if known else None,
     }  # fmt: skip
     for name, value in result.items():
         print(f"{name:17} {value:.2f}" if isinstance(value, float) else f"{name:17} {value}")
@@ -314,8 +307,7 @@ def paint(panels: list[tuple], height: int) -> np.ndarray:
     for title, picture, _ in panels:
         times = max(1, height // picture.shape[0])
         picture = picture.repeat(times, axis=0).repeat(times, axis=1)
-        right = 8 - picture.shape[1] % 8  # codecs need even numbers
-        columns.append(np.pad(picture, ((24, max(0, height - picture.shape[0])), (0, right), (0, 0))))
+        columns.append(np.pad(picture, ((24, max(0, height - len(picture))), (0, 8 - picture.shape[1] % 8), (0, 0))))
         cv2.putText(columns[-1], title, (2, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (230, 230, 230), 1, cv2.LINE_AA)
     return np.concatenate(columns, axis=1)
 
@@ -381,14 +373,13 @@ img, .over { position: absolute; width: 100%; height: 100%; image-rendering: pix
 .over { display: grid; grid: auto-flow 1fr / repeat(var(--side), 1fr) }
 .over p { grid-area: 1 / 1 / 9 / -1; padding: 9%; background: var(--card) }
 .over b { border: 1px solid #fff4; overflow: hidden; color: #fff; text-shadow: 0 0 3px #000 }
-.over .on { border: 3px solid #ffd60a; background: #ffd60a30 }
+.over .on { border: 3px solid #ffd60a; background: #ffd60a30 } #shares .on { color: var(--main); font-weight: bold }
 aside { grid-area: side; display: flex; flex-direction: column; gap: 8px; overflow-y: auto }
 section, button, a, #pad b { padding: 6px 8px; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; color: var(--text); font-size: 14px; white-space: nowrap }
 h2 { display: flex; justify-content: space-between; font-size: 14px } h2 b, dd { color: var(--text); font-weight: bold }
 dl { display: grid; grid-template-columns: repeat(2, auto 1fr); gap: 2px 10px }
 #shares { display: grid; grid-template-columns: auto 1fr auto; gap: 2px 8px; align-items: center; line-height: 1.15 }
-#shares .on { color: var(--main); font-weight: bold }
 s { height: 11px; background: linear-gradient(var(--main) 0 0) 0 / var(--share) no-repeat, var(--line) }
 svg { width: 100%; height: min(48px, 5vh); fill: none; stroke: var(--main); stroke-width: 2 }
 nav { grid-area: bar; display: flex; flex-wrap: wrap; gap: 6px; justify-content: center }
@@ -401,8 +392,7 @@ nav button::before { content: attr(value); margin-right: 7px; font-family: monos
   body { grid: "head" auto "main" 1fr "side" auto "pad" auto "bar" auto / minmax(0, 1fr); gap: 5px; padding: 5px }
   aside { display: grid; grid: auto / 1fr 1fr; gap: 5px } #policy { max-height: 92px; overflow-y: auto }
   section:has(#facts) { grid-column: 1 / 3 } dl { grid-template-columns: repeat(3, auto 1fr) }
-  nav button { padding: 4px 6px; flex: 1 } .over b { color: #0000; text-shadow: none }
-  #about, #Reward { display: none }
+  nav button { padding: 4px 6px; flex: 1 } .over b { color: #0000; text-shadow: none } #about, #Reward { display: none }
 }
 </style>
 <header><h1 id=title>IRIS</h1> <span id=about></span> <b id=notice role=status>Connecting</b></header>
@@ -422,9 +412,9 @@ el("cross").innerHTML = ["up left", "up", "up right", "left", "", "right", "down
 function show(message) {
   latest = message;
   const {place, who, names, action, paused, recording, trouble, policy, traces, drift, file, panels} = message;
-  const where = {game: "the game", dream: "the dream", both: "game and dream"}[place];
   const notices = [paused && "paused", recording && "recording", message.end && "the end", trouble];
-  const texts = {title: `IRIS: ${message.game}, ${where}`, about: message.about, notice: notices.filter(Boolean).join()};
+  const title = `IRIS: ${message.game}, ${{game: "the game", dream: "the dream", both: "game and dream"}[place]}`;
+  const texts = {title, about: message.about, notice: notices.filter(Boolean).join()};
   for (const id in texts) el(id).textContent = texts[id];
   const facts = {Step: message.step, Return: message.return, Plays: who, Action: names[action] ?? "-",
     Reward: message.reward, Speed: message.fps.toFixed(0)};
@@ -440,15 +430,14 @@ function show(message) {
   el("main").style = `--ratios: ${panels.reduce((sum, panel) => sum + panel.width / panel.height, 0)}`;
   document.querySelectorAll("figure").forEach((figure, i) => {
     const [title, image, over] = figure.children, panel = panels[i];
-    figure.hidden = !panel;
-    if (!panel) return;
+    if (figure.hidden = !panel) return;
     title.textContent = panel.title;
     image.src = panel.png;
     over.innerHTML = panel.note ? `<p>${panel.note}</p>` : tokensShown ? panel.tokens.join("") : "";
     figure.style = `--pixels: ${panel.height / devicePixelRatio}px; --ratio: ${panel.width} / ${panel.height};
       --side: ${Math.sqrt(panel.tokens.length)}`;
   });
-  const labels = {m: who == "you" ? "agent" : "take over", enter: "next game", j: "back", e: "one step",
+  const labels = {m: who == "you" ? "agent" : "take over", enter: "next game", p: "previous", e: "one step",
     t: {game: "into the dream", dream: "back to game", both: "dream anew"}[place], ".": paused ? "resume" : "pause",
     ",": recording ? "stop" : "record", g: "tokens", "-": "slower", "+": "faster", f: "full screen", q: "quit"};
   const on = {".": paused, ",": recording, g: tokensShown, f: document.fullscreenElement, t: place == "dream"};
@@ -493,11 +482,8 @@ onkeydown = (event) => {
 };
 onkeyup = (event) => hold(nameOf(event), false);
 onblur = () => held.forEach((name) => hold(name, false));
-el("pad").onpointerdown = ({target, pointerId}) => {
-  target.setPointerCapture(pointerId);
-  hold(target.id, true);
-};
-el("pad").onlostpointercapture = ({target}) => hold(target.id, false);  // the finger was lifted
+el("pad").onpointerdown = ({target}) => hold(target.id, true);
+el("pad").onlostpointercapture = ({target}) => hold(target.id, false);  // the finger was lifted, wherever
 el("bar").onclick = ({target, detail}) => {
   if (target.value) press(target.value);
   if (detail) document.activeElement.blur();  // after the mouse, Enter and space belong to the game again
@@ -506,15 +492,13 @@ el("bar").onclick = ({target, detail}) => {
 
 
 class Page:
-    """A screen in the browser. The server pushes a message for each picture; a tab tells of each key pressed or let go.
-
-    Any site that you visit may send requests to 127.0.0.1, so those from another origin, or for another name (DNS
-    rebinding), are refused."""
+    """A screen in the browser. It pushes a message for each picture; a tab tells of keys pressed or held. Any site may
+    send requests to 127.0.0.1, so those of other origins, or for other names (DNS rebinding), are refused."""
 
     def __init__(self, host: str, port: int, fixed: dict):
         """Serves at the first free port from `port` on, and waits for the first visitor. Raises IrisError."""
         self.fixed, self.message, self.number, self.changed = fixed, "{}", 0, threading.Condition()
-        self.tabs: dict[str, tuple[int, float, list[str]]] = {}  # number and time of its latest message, keys held
+        self.held = "", 0, 0.0, []  # of the tab that spoke last: its name, its message's number and time, keys held
         self.pressed, self.recorded, self.visited, listener, own = [], None, threading.Event(), None, port
         while not listener:
             try:
@@ -526,9 +510,9 @@ class Page:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32_768)  # a slow line leaves pictures out
         own, name = listener.getsockname()[1], socket.gethostname().lower()
         self.ours = {host.lower(), name, "localhost"}
-        # A request that is half sent after 10 seconds is dropped.
-        handler = type("Handler", (WSGIRequestHandler,), {"timeout": 10, "log": lambda *_: None})
+        handler = type("Handler", (WSGIRequestHandler,), {"timeout": 10, "log": lambda *_: None})  # drops half requests
         self.server = make_server(host, own, self.respond, True, request_handler=handler, fd=listener.fileno())
+        self.close = self.server.shutdown
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         address = f"http://{name if host == '0.0.0.0' else host}:{own}"
         taken = f" (port {port} is taken)" if port not in (0, own) else ""
@@ -540,9 +524,8 @@ class Page:
     @Request.application
     def respond(self, request: Request) -> Response:
         path, own, name = request.path, f"http://{request.host}", request.host.lower().partition(":")[0]
-        by_site = request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and path != "/"
         is_ours = name in self.ours or re.fullmatch(r"[\d.]+", name)  # an address of digits can't be rebound
-        if not is_ours or by_site or request.headers.get("Origin", own) != own:
+        if not is_ours or request.headers.get("Origin", own) != own:
             return Response("This page answers requests of its own only.", 403)
         if path == "/":
             return Response(PAGE, mimetype="text/html", headers={"X-Frame-Options": "DENY"})
@@ -554,8 +537,8 @@ class Page:
         if path != "/keys" or request.method != "POST" or count < 1:
             return Response("There is nothing here.", 404)
         with self.changed:
-            if count > self.tabs.get(tab, (0,))[0]:
-                self.tabs[tab] = count, time.perf_counter(), request.args.get("held", "").split()
+            if tab != self.held[0] or count > self.held[1]:
+                self.held = tab, count, time.perf_counter(), request.args.get("held", "").split()
             self.pressed += request.args.get("pressed", "").split()
         return Response(status=204)
 
@@ -588,24 +571,18 @@ class Page:
     def read(self, deadline: float) -> tuple[list[str], list[str]]:
         """Waits -> keys pressed since the last call, and keys held now. A tap counts for a step."""
         time.sleep(max(0.0, deadline - time.perf_counter()))
-        alive = time.perf_counter() - 1.5  # a tab may have been closed, or the line broken, with a key held
         with self.changed:
-            self.tabs = {tab: state for tab, state in self.tabs.items() if state[1] > alive}
-            pressed, self.pressed, held = self.pressed, [], [key for *_, keys in self.tabs.values() for key in keys]
+            pressed, self.pressed, (*_, told, held) = self.pressed, [], self.held
+        held = held if time.perf_counter() < told + 1.5 else []  # the tab may be closed, or the line broken
         return pressed, held + [key for key in pressed if key not in held]
-
-    def close(self) -> None:
-        self.server.shutdown()
 
 
 # --- Skip on first reading: recorded episodes, files, start-up --------------------------------------------------------
 class Recorded:
-    """The episodes in media/episodes/{test,train,imagination} as an environment. A seed is the number of an episode,
-    which goes on as it was recorded, whatever the action."""
+    """The episodes in media/episodes as an environment. A seed is the number of one, and actions do not matter."""
 
     def __init__(self, folder: Path):
-        kinds = "test", "train", "imagination"
-        self.paths = [path for kind in kinds for path in sorted(folder.glob(f"{kind}/*.npz"))]
+        self.paths = [path for kind in ("test", "train", "imagination") for path in sorted((folder / kind).glob("*"))]
         if not self.paths:
             raise IrisError(f"there are no recorded episodes in {folder.resolve()}: evaluations record some")
 
@@ -617,21 +594,12 @@ class Recorded:
         except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for a damaged file
             raise IrisError(f"{path} can't be read ({error}): move it away") from error
         self.title, self.screen = f"{path.parent.name}/{path.stem}", frames[0]
-        self.coming = deque(zip([*frames[1:], frames[-1]], actions, rewards))  # no frame is kept after the last step
+        self.coming = list(zip([*frames[1:], frames[-1]], actions, rewards))  # no frame is kept after the last step
         return self.screen, {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        self.screen, action, reward = self.coming.popleft()
+        self.screen, action, reward = self.coming.pop(0)
         return self.screen, reward, not self.coming, False, {"recorded": int(action)}
-
-
-def go_back(world: World) -> None:
-    """Ten steps back in a recorded episode; from its first frame, to the episode before."""
-    target = world.real.step - 10
-    world.seed -= 1 if world.real.step else 2
-    world.reset()
-    while world.real.step < target:
-        world.step(0)
 
 
 def write(path: Path, content: bytes) -> None:
@@ -664,8 +632,7 @@ def find_checkpoint(args: Args) -> Path | None:
     models = sorted(MODELS.glob(f"{game}.pt"), key=lambda path: path.stem == "breakout")  # Breakout is the last
     runs = sorted(Path("runs").glob(re.sub("[/:]", "-", args.env_id) + "*/checkpoint.pt"), key=os.path.getmtime)
     if not runs and not models and not args.human:
-        raise IrisError("there is no run under runs/: train one (python iris_train.py --preset laptop), or name a file "
-                        "with --checkpoint, or a game with --pretrained Breakout")  # fmt: skip
+        raise IrisError("there is no run under runs/: train one (iris_train.py), or see --checkpoint and --pretrained")
     return [None, *models, *runs][-1]
 
 
@@ -676,9 +643,7 @@ def check(args: Args) -> None:
         (args.agent and not args.world_model, "--agent needs --world-model"),
         (args.json and not args.evaluate, "--json needs --evaluate"),
         (args.video and (args.human or args.evaluate), "--video shows the agent: leave out --human and --evaluate"),
-        (args.video and suffix not in (".webm", ".mp4", ".gif", ".webp"),
-         f"--video {args.video}: its name has to end in .webm, .mp4, .gif or .webp"),
-        (suffix in (".gif", ".webp") and args.fps > 50, "a .gif or .webp has at most 50 --fps: use .webm"),
+        (args.video and suffix[1:] not in "webm mp4 gif webp".split(), "--video has to be a .webm, .mp4, .gif, .webp"),
         (not 0.5 <= args.fps <= 1000, f"--fps {args.fps} is not from 0.5 to 1,000"),
         (not (args.temperature >= 0 <= min(numbers) and max(numbers) < 2**31), "a number is negative, or too large"),
         (not args.host, "--host is empty, which would be any address: say 0.0.0.0 if that is meant"),
@@ -695,19 +660,17 @@ def main(args: Args) -> None:
         content, settings = iris_train.read_checkpoint(checkpoint)
         agent, _ = iris_train.load_agent(checkpoint)
         epoch = content.get("epoch", settings.epochs)  # published ones are from the end
-        starts = {"The agent's view": settings.tokenizer_from, "The dream": settings.world_model_from,
-                  "The policy": settings.actor_critic_from}  # fmt: skip
-        notes = {what: f"{what} is trained from epoch {n} on" for what, n in starts.items() if epoch < n}
+        parts = {"The agent's view": "tokenizer", "The dream": "world_model", "The policy": "actor_critic"}
+        notes = {x: f"{x} is not trained yet" for x, model in parts.items() if epoch < vars(settings)[f"{model}_from"]}
         about = ". ".join([f"models of {os.path.relpath(checkpoint)}, epoch {epoch}", *notes.values()])
     settings.env_id, settings.device = args.env_id or settings.env_id, args.device
+    settings.precision = settings.precision.replace("auto", "fp32")  # nothing is trained, so nothing to measure
     device, bf16 = iris_train.choose_device(settings)
     torch.manual_seed(args.seed)
     env = make_env(settings.env_id, max_frames=settings.test_max_frames)
-    meanings = getattr(env.unwrapped, "get_action_meanings", lambda: map(str, range(env.action_space.n)))
-    names = list(meanings())  # the game's own, such as RIGHTFIRE, or else numbers
-    if agent and len(names) != agent.world_model.num_actions:
-        raise IrisError(f"{checkpoint} knows {agent.world_model.num_actions} actions and {settings.env_id} has "
-                        f"{len(names)}: the checkpoint and --env-id have to be of the same game")  # fmt: skip
+    names = [*getattr(env.unwrapped, "get_action_meanings", lambda: map(str, range(env.action_space.n)))()]
+    if agent and len(names) != (known := agent.world_model.num_actions):
+        raise IrisError(f"{checkpoint} knows {known} actions, and {settings.env_id} has {len(names)}: see --env-id")
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         agent = agent and agent.to(device)
         if args.evaluate:
@@ -716,7 +679,7 @@ def main(args: Args) -> None:
         world = World(env, agent, device, args.seed, place, all_views=args.reconstruction or args.episodes)
         if args.episodes:
             world.env, world.seed = Recorded(checkpoint.parent / "media" / "episodes"), 0
-            world.commands["j"] = lambda: go_back(world)
+            world.commands["p"] = lambda: world.reset(back=2)
         if args.video:
             return play(world, agent, None, Video(Path(args.video), args.fps), names, args, "agent")
         page = Page(args.host, args.port, {"game": game_name(settings.env_id), "about": about, "notes": notes})

@@ -257,7 +257,7 @@ PLAY = {
     "no published game": ("--pretrained Brekout", "no environment"),
     "no network": ("--pretrained Breakout", "can't fetch it"),
     "no recorded episodes": ("--run-dir {bare} --episodes --steps 1", "no recorded episodes"),
-    "a video of another kind": ("--run-dir {run} --video x.avi", "has to end in"),
+    "a video of another kind": ("--run-dir {run} --video x.avi", "has to be a .webm"),
     "a video nowhere": ("--run-dir {run} --video /proc/x.webm --steps 1", "can't write"),
     "a long GIF": ("--run-dir {run} --video x.gif --steps 5000", "use .webm"),
     "a person in a video": ("--run-dir {run} --video x.webm --human", "--video shows the agent"),

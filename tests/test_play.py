@@ -307,23 +307,21 @@ def test_a_recording_that_cannot_be_kept_does_not_end_the_game(breakout, tmp_pat
 
 def test_a_recording_has_all_panels_and_a_picture_for_each_step(breakout, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    scripted(breakout, {2: [","], 4: ["."], 6: ["e"], 9: [","], 11: ["q"]}, place="both")  # paused from 4 on
+    scripted(breakout, {2: [","], 4: ["."], 6: ["e"], 9: [","], 11: ["q"]}, place="both")  # paused from 4 on: 3 steps
     (path,) = (tmp_path / "runs/recordings").iterdir()
     pictures, _ = pictures_of(path)
-    assert len(pictures) == 4 and pictures[0].shape[1] > 1.8 * pictures[0].shape[0]
+    assert len(pictures) == 3 and pictures[0].shape[1] > 1.8 * pictures[0].shape[0]
 
 
-def test_recorded_episodes_are_walked_step_by_step_ten_back_and_by_episode(breakout):
+def test_recorded_episodes_are_walked_step_by_step_and_by_episode(breakout):
     agent, _ = load_agent(breakout)
     recorded = iris_play.Recorded(breakout / "media/episodes")
     game = World(recorded, agent, CPU, 0, "game", all_views=True)
     game.reset()
     content = np.load(sorted((breakout / "media/episodes/test").glob("*.npz"))[0])
-    for steps, now in [(1, 1), (12, 13), (None, 3), (9, 12), (None, 2), (None, 0)]:  # None: ten back
-        for _ in range(steps or 0):
+    for steps, now in [(1, 1), (12, 13)]:
+        for _ in range(steps):
             game.step(0)
-        if not steps:
-            iris_play.go_back(game)
         assert game.now.step == now and np.array_equal(game.now.frame, content["frames"][now])
         assert game.now.total == content["rewards"][:now].sum()
     while not game.ended:
@@ -335,7 +333,7 @@ def test_recorded_episodes_are_walked_step_by_step_ten_back_and_by_episode(break
         game.reset()
     assert [title.split("_")[0] for title in titles] == ["test/e0", "test/e1", "train/e0", "train/e1"]
     assert game.panels()[0][0] == titles[0]
-    iris_play.go_back(game)  # from the first frame: the episode before
+    game.reset(back=2)  # to the episode before
     assert game.panels()[0][0] == titles[3]
 
 
@@ -431,11 +429,11 @@ def test_a_published_checkpoint_plays_in_the_dream(published, tmp_path):
     "arguments, message",
     [
         (["--checkpoint", "/nonexistent.pt"], "no checkpoint can be read at /nonexistent.pt"),
-        (["--checkpoint", "{published}", "--env-id", "PongNoFrameskip-v4"], "knows 4 actions and Pong.* has 6: .*same game"),
-        (["--human", "--checkpoint", "{published}", "--env-id", "BoxingNoFrameskip-v4"], "have to be of the same"),
+        (["--checkpoint", "{published}", "--env-id", "PongNoFrameskip-v4"], "knows 4 actions, and Pong.* has 6"),
+        (["--human", "--checkpoint", "{published}", "--env-id", "BoxingNoFrameskip-v4"], "and Boxing.* has 18: see"),
         (["--run-dir", "{run}", "--host", ""], "--host is empty"),
         (["--run-dir", "{run}", "--host", "192.0.2.1"], "can't serve at 192.0.2.1"),
-        (["--run-dir", "{run}", "--video", "x.avi"], "has to end in .webm, .mp4, .gif or .webp"),
+        (["--run-dir", "{run}", "--video", "x.avi"], "has to be a .webm, .mp4, .gif, .webp"),
         (["--run-dir", "{run}", "--video", "/proc/x.mp4"], "can't write /proc/.*x.mp4"),
         (["--run-dir", "{run}", "--video", "x.webm", "--human"], "--video shows the agent"),
         (["--run-dir", "{run}", "--evaluate", "1", "--json", "/proc/x/y.json"], "can't write /proc/x/y.json"),
@@ -528,7 +526,7 @@ def test_page_refuses_other_origins_other_names_and_what_is_no_message(counter, 
     assert server.request("POST", keys, Host=here, Origin=f"http://{here}").status == 204
     for refused in (
         {"Host": f"evil.example:{server.port}"}, {"Host": here, "Origin": "http://evil.example"},
-        {"Host": here, "Origin": "null"}, {"Host": here, "Sec_Fetch_Site": "cross-site"},
+        {"Host": here, "Origin": "null"}, {"Host": here, "Origin": "https://127.0.0.1"},
     ):  # fmt: skip
         assert server.request("POST", keys, **refused).status == 403
         assert server.request("GET", "/pictures", **refused).status == 403
@@ -555,14 +553,14 @@ def test_it_waits_for_its_first_visitor_and_takes_the_next_port_where_one_is_tak
 def test_half_sent_requests_are_dropped_and_500_idle_connections_leave_the_game_playable(counter, serve):
     server = serve("--run-dir", counter, "--human")
     half = socket.create_connection(("127.0.0.1", server.port))
-    half.sendall(b"POST /keys HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
+    half.sendall(b"POST /keys HTTP/1.1\r\nContent-Le")
     idle = [socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in range(500)]
     messages = server.messages()
     next(messages)
     server.press("1")
     assert any(message["action"] == 1 for message, _ in zip(messages, range(300)))
     half.settimeout(60)
-    assert b"400" in half.recv(100) or not half.recv(100)  # it ends; it does not wait for the rest for ever
+    assert not half.recv(100)  # it ends; it does not wait for the rest for ever
     for connection in idle:
         connection.close()
     server.press("q")
@@ -720,7 +718,7 @@ def test_by_keyboard_alone_one_takes_over_pauses_steps_into_the_dream_and_back_a
     assert tab.fact("Plays") == "agent" and "the game" in tab.text("title") and "%" in tab.text("shares")
     tab.key("m")
     wait_until(lambda: tab.fact("Plays") == "you")
-    tab.js("document.querySelector('nav [value=\".\"]').focus()")  # Enter on a button presses it, and does not restart the game
+    tab.js("document.querySelector('nav [value=\".\"]').focus()")  # Enter presses it, and does not restart the game
     tab.key("Enter")
     wait_until(lambda: "paused" in tab.text("notice") and tab.button(".").text == "resume")
     assert tab.button(".").get_attribute("aria-pressed") == "true"
@@ -780,8 +778,8 @@ def test_a_component_that_is_not_trained_yet_is_said_in_place_of_noise(serve, br
     run = make_run(tmp_path / "run", BREAKOUT, epoch=5)
     tab = Tab(browser, serve("--run-dir", run, "--world-model").url)
     note = tab.js("return document.querySelector('.over p').innerText")
-    assert note == "The dream is trained from epoch 13 on" and note in tab.text("about")
-    assert "epoch 5" in tab.text("about") and "The policy is trained from epoch 18 on" in tab.text("about")
+    assert note == "The dream is not trained yet" and note in tab.text("about")
+    assert "epoch 5" in tab.text("about") and "The policy is not trained yet" in tab.text("about")
 
 
 def test_a_person_plays_without_any_models(serve, browser, tmp_path):
