@@ -12,7 +12,7 @@ chooses the actions, and the transformer of chapter 2 answers with the next fram
 What the player sees of that:
     16 tokens   Each stands for about 16 x 16 pixels. One wrong token, and a ball of two pixels jumps, or is gone.
     sampling    Rewards, ends and tokens are drawn, not argmaxed: the same keys in the same frame give another dream.
-    refill      A full context, of 20 steps, is cut to the latest 10: what was out of sight for longer is forgotten.
+    refill      20 steps fill the context. Then the latest 10 are read again (a slower step), and the rest is forgotten.
 
 Run it:   python iris_play.py                        # the agent of the newest run plays the real game
           python iris_play.py --world-model          # you play in its dream; `--agent`: it plays there itself
@@ -66,7 +66,7 @@ class Args:
     human: Annotated[bool, Mode] = False  # You play the real game: no models are needed, and the agent isn't computed
     episodes: Annotated[bool, Mode] = False  # Shows the run's recorded episodes
     evaluate: Annotated[int, Mode] = 0  # Plays this many whole test games and prints their statistics
-    agent: bool = False  # With world_model: the agent plays in the dream
+    agent: bool = False  # With world_model: the agent plays in the dream, until you take over
     checkpoint: Annotated[str, Source] = ""  # Checkpoint of a run, or a published one named after its game: Breakout.pt
     run_dir: Annotated[str, Source] = ""  # Folder of a run
     pretrained: Annotated[str, Source] = ""  # A game, as in Breakout, whose published agent is fetched and kept
@@ -113,12 +113,12 @@ class World:
     def __init__(self, env, agent: Agent | None, device: torch.device, seed: int, place: str, all_views: bool = False):
         self.env, self.device, self.seed, self.home, self.all_views = env, device, seed, place, all_views
         self.dream = Dream(agent.tokenizer, agent.world_model) if agent else None
-        across = {"game": "dream", "dream": "game", "both": "both"}
+        across = {"game": "dream", "dream": "game", "both": "both"}  # where `t` leads
         self.commands = {"t": lambda: self.enter(across[self.place])} if agent else {}  # by key
 
-    def reset(self, back: int = 0) -> None:
-        """The game of the next seed, or of one further back, and its dream."""
-        self.real, self.seed = Moment(self.env.reset(seed=self.seed - back)[0]), self.seed - back + 1
+    def reset(self) -> None:
+        """The game of the next seed, and its dream."""
+        self.real, self.seed = Moment(self.env.reset(seed=self.seed)[0]), self.seed + 1
         self.enter(self.home)
 
     def enter(self, place: str) -> None:
@@ -145,10 +145,6 @@ class World:
         """The moment that the player acts on."""
         return self.dreamed if self.place == "dream" else self.real
 
-    @property
-    def ended(self) -> bool:
-        return self.now.end or (self.place == "both" and self.dreamed.end)
-
     def go_on(self) -> None:
         """After an end: a new game; but where only a dream ended that began in mid-game, the game goes on."""
         if self.real.end or self.home == "dream":
@@ -159,8 +155,9 @@ class World:
     def drift(self) -> tuple[int, float]:
         """Steps since game and dream were one; their mean absolute difference where either has changed since [ours]."""
         real, dream, *then = (m.frame.astype(np.float32) / 255 for m in (self.real, self.dreamed, *self.parted))
-        moved = np.maximum(np.abs(real - then[0]), np.abs(dream - then[1])).max(axis=2) > 0.1  # (64, 64)
-        return self.real.step - self.parted[0].step, float(np.abs(real - dream)[moved].sum() / max(1, 3 * moved.sum()))
+        changed = np.maximum(np.abs(real - then[0]), np.abs(dream - then[1])).max(axis=2) > 0.1  # (64, 64)
+        difference = float(np.abs(real - dream)[changed].mean()) if changed.any() else 0.0
+        return self.real.step - self.parted[0].step, difference
 
     def panels(self) -> list[tuple[str, np.ndarray, Moment]]:
         """What is shown: for each panel a title, a picture (H, W, 3) uint8, and whose tokens lie over it."""
@@ -219,6 +216,7 @@ def play(world: World, agent: Agent | None, page, film: "Video | None", names: l
             if agent and (who == "agent" or not args.human or world.place != "game"):
                 think(agent, moment, world.device)
             policy = None if moment.logits is None else moment.logits / max(args.temperature, 1e-6)  # (1, A)
+            ended = moment.end or (world.place == "both" and world.dreamed.end)
 
             # Show. A film has the frame that it begins with, and one for each step.
             panels, drift = world.panels(), world.drift() if world.place == "both" else None
@@ -229,11 +227,10 @@ def play(world: World, agent: Agent | None, page, film: "Video | None", names: l
             if page:
                 page.show(panels, {
                     "place": world.place, "who": who, "names": names, "step": moment.step, "return": moment.total,
-                    "action": moment.action, "reward": moment.reward, "end": world.ended, "value": moment.value,
+                    "action": moment.action, "reward": moment.reward, "end": ended, "value": moment.value,
                     "policy": None if policy is None else policy[0].softmax(dim=0).tolist(), "drift": drift,
                     "traces": list(zip(*history)), "paused": paused, "recording": bool(film), "trouble": trouble,
-                    "fps": fps, "keys": keys,
-                })  # fmt: skip
+                    "fps": fps, "keys": keys})  # fmt: skip
             if played == limit or (moment.end and not page and not args.steps):
                 break
 
@@ -248,27 +245,28 @@ def play(world: World, agent: Agent | None, page, film: "Video | None", names: l
             if "m" in pressed and "m" in keys:
                 who = "you" if who == "agent" else "agent"
             if "," in pressed:
+                old, film, trouble = film, None, ""
                 try:
-                    if film:
-                        film.close()
-                        page.recorded = film.path
-                    film, trouble = None if film else Video(Path(f"runs/recordings/{time.time():.0f}.webm"), fps), ""
+                    if old:
+                        page.recorded = old.close()
+                    else:
+                        film = Video(Path(time.strftime("runs/recordings/%Y%m%d_%H%M%S.webm")), fps)
                 except IrisError as error:  # a game goes on even if the disk is full
-                    film, trouble = None, str(error)
+                    trouble = str(error)
 
             # Act.
             if asked := [key for key in pressed if key in world.commands]:
                 world.commands[asked[0]]()
             elif "enter" in pressed:
                 world.reset()
-            elif world.ended and not paused:
+            elif ended and not paused:
                 world.go_on()
-            elif not world.ended and (not paused or "e" in pressed):
+            elif not ended and (not paused or "e" in pressed):
                 world.step(int(sample(policy)) if who == "agent" and policy is not None else choose(names, held))
                 stepped, played = True, played + 1
     finally:  # also when stopped with Ctrl-C: what was recorded is kept
-        for screen in filter(None, (page, film)):
-            screen.close()
+        if film:
+            film.close()
         print(f"{played} steps, {played / (time.perf_counter() - began):.1f} a second")
 
 
@@ -291,9 +289,8 @@ def evaluate(agent: Agent, settings: iris_train.Args, args: Args, device: torch.
         "env_id": settings.env_id, "checkpoint": str(checkpoint), "temperature": str(args.temperature),
         "seed": args.seed, "episodes": n, "steps": sum(game["length"] for game in games), "mean": returns.mean(),
         "standard_error": returns.std(ddof=1) / n**0.5 if n > 1 else None, "median": np.median(returns),
-        "min": returns.min(), "max": returns.max(), "paper": known.get("iris"),
         "human_normalised": (returns.mean() - known["random"]) / (known["human"] - known["random"]) if known else None,
-    }  # fmt: skip
+        "min": returns.min(), "max": returns.max(), "paper": known.get("iris")}  # fmt: skip
     for name, value in result.items():
         print(f"{name:17} {value:.2f}" if isinstance(value, float) else f"{name:17} {value}")
     if args.json:
@@ -307,7 +304,8 @@ def paint(panels: list[tuple], height: int) -> np.ndarray:
     for title, picture, _ in panels:
         times = max(1, height // picture.shape[0])
         picture = picture.repeat(times, axis=0).repeat(times, axis=1)
-        columns.append(np.pad(picture, ((24, max(0, height - len(picture))), (0, 8 - picture.shape[1] % 8), (0, 0))))
+        below, right = max(0, height - picture.shape[0]), 8 - picture.shape[1] % 8  # codecs need even numbers
+        columns.append(np.pad(picture, ((24, below), (0, right), (0, 0))))
         cv2.putText(columns[-1], title, (2, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (230, 230, 230), 1, cv2.LINE_AA)
     return np.concatenate(columns, axis=1)
 
@@ -324,8 +322,7 @@ class Video:
         write(self.beside, b"")  # says before anything is played if there can be no file
 
     def show(self, panels: list[tuple]) -> None:
-        picture = np.ascontiguousarray(paint(panels, 448 if self.codec else 256)[..., ::-1])
-        self.count += 1
+        picture, self.count = np.ascontiguousarray(paint(panels, 448 if self.codec else 256)[..., ::-1]), self.count + 1
         if not self.codec:
             return self.pictures.append(picture)
         if not self.writer:
@@ -333,7 +330,7 @@ class Video:
             self.writer = cv2.VideoWriter(str(self.beside), code, self.fps, self.size)
         self.writer.write(cv2.resize(picture, self.size))  # its size changes with the number of panels
 
-    def close(self) -> None:
+    def close(self) -> Path:
         """Raises IrisError if the file is not whole."""
         try:
             if self.writer:
@@ -350,6 +347,7 @@ class Video:
         finally:
             self.beside.unlink(missing_ok=True)
         print(f"{self.path}: {self.count} frames", flush=True)
+        return self.path
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
@@ -363,7 +361,7 @@ body { display: grid; gap: 8px; padding: 8px 12px; height: 100dvh; overflow: hid
   grid: "head head" auto "main side" minmax(0, 1fr) "main pad" auto "bar bar" auto / minmax(0, 1fr) 312px;
   font: 15px/1.3 system-ui, sans-serif; background: light-dark(#eef0f3, #0f1216) }
 header { grid-area: head; display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 16px }
-h1 { font-size: 18px } #notice { color: light-dark(#b34700, #ffb454) } #about, h2, dt { color: var(--soft) }
+h1 { font-size: 18px } #notice { color: light-dark(#b34700, #ffb454) } #about, #hint, h2, dt { color: var(--soft) }
 /* A pixel of a picture, whose height is --pixels of them, takes a whole number of the screen's pixels. */
 main { grid-area: main; container-type: size; display: flex; flex-wrap: wrap; place-content: center; gap: 0 16px }
 figure { position: relative; margin-top: 26px; aspect-ratio: var(--ratio); height: max(var(--pixels),
@@ -373,76 +371,76 @@ img, .over { position: absolute; width: 100%; height: 100%; image-rendering: pix
 .over { display: grid; grid: auto-flow 1fr / repeat(var(--side), 1fr) }
 .over p { grid-area: 1 / 1 / 9 / -1; padding: 9%; background: var(--card) }
 .over b { border: 1px solid #fff4; overflow: hidden; color: #fff; text-shadow: 0 0 3px #000 }
-.over .on { border: 3px solid #ffd60a; background: #ffd60a30 } #shares .on { color: var(--main); font-weight: bold }
+.over .on { border: 3px solid #ffd60a; background: #ffd60a30 }
 aside { grid-area: side; display: flex; flex-direction: column; gap: 8px; overflow-y: auto }
-section, button, a, #pad b { padding: 6px 8px; background: var(--card); border: 1px solid var(--line);
+section, dl, button, a, #pad b { padding: 6px 8px; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; color: var(--text); font-size: 14px; white-space: nowrap }
-h2 { display: flex; justify-content: space-between; font-size: 14px } h2 b, dd { color: var(--text); font-weight: bold }
-dl { display: grid; grid-template-columns: repeat(2, auto 1fr); gap: 2px 10px }
-#shares { display: grid; grid-template-columns: auto 1fr auto; gap: 2px 8px; align-items: center; line-height: 1.15 }
-s { height: 11px; background: linear-gradient(var(--main) 0 0) 0 / var(--share) no-repeat, var(--line) }
-svg { width: 100%; height: min(48px, 5vh); fill: none; stroke: var(--main); stroke-width: 2 }
-nav { grid-area: bar; display: flex; flex-wrap: wrap; gap: 6px; justify-content: center }
-nav button::before { content: attr(value); margin-right: 7px; font-family: monospace }
+h2, #shares p { display: flex; justify-content: space-between; font-size: 14px }
+h2 b, dd { color: var(--text); font-weight: bold }
+dl { display: grid; grid-template-columns: repeat(2, auto 1fr); gap: 2px 6px }
+#shares p { padding: 0 4px; line-height: 1.25; background: linear-gradient(#4a98ff66 0 0) 0 / var(--share) no-repeat }
+#shares .on { color: light-dark(#0b4a94, #a8d0ff); font-weight: bold }
+svg { display: block; width: 100%; height: min(48px, 5vh); fill: none; stroke: var(--main); stroke-width: 2 }
+nav { grid-area: bar; display: flex; flex-wrap: wrap; gap: 6px; justify-content: center; align-items: center }
 [aria-pressed=true], #pad .on { background: var(--main); color: light-dark(#fff, #0f1216) }
-#pad { grid-area: pad; display: none; justify-content: space-between; touch-action: none; user-select: none }
+#pad { grid-area: pad; display: flex; justify-content: space-between; touch-action: none; user-select: none }
 #pad b { display: grid; place-items: center } #cross { display: grid; grid: repeat(3, 42px) / repeat(3, 42px) }
-@media (pointer: coarse) { #pad { display: flex } nav button::before { display: none } }
+@media not (pointer: coarse) { #pad { display: none } nav button::before { content: attr(value) " "; opacity: 0.7 } }
 @media (max-width: 800px) and (orientation: portrait) {
   body { grid: "head" auto "main" 1fr "side" auto "pad" auto "bar" auto / minmax(0, 1fr); gap: 5px; padding: 5px }
-  aside { display: grid; grid: auto / 1fr 1fr; gap: 5px } #policy { max-height: 92px; overflow-y: auto }
-  section:has(#facts) { grid-column: 1 / 3 } dl { grid-template-columns: repeat(3, auto 1fr) }
-  nav button { padding: 4px 6px; flex: 1 } .over b { color: #0000; text-shadow: none } #about, #Reward { display: none }
+  aside { display: grid; grid: auto / 1fr 1fr; gap: 5px } #policy { max-height: 98px; overflow-y: auto }
+  dl { grid-column: 1 / 3; grid-template-columns: repeat(3, auto 1fr) } .over b { color: #0000; text-shadow: none }
+  nav button { padding: 4px 6px; flex: 1 } #about, #hint, #Reward, #traces:not(:has(#Value)) { display: none }
 }
 </style>
 <header><h1 id=title>IRIS</h1> <span id=about></span> <b id=notice role=status>Connecting</b></header>
-<main id=main></main>
-<aside><section><dl id=facts></dl></section> <section id=policy><h2>Policy</h2><div id=shares></div></section>
+<main id=main></main> <aside><dl id=facts></dl> <section id=policy><h2>Policy</h2><div id=shares></div></section>
 <section id=traces></section> <section id=recorded hidden><h2>Recording <a id=download download>download</a></h2>
 <video id=clip controls preload=auto width=100% height=120></video></section></aside>
-<div id=pad><div id=cross></div> <b id=space>FIRE</b></div> <nav id=bar></nav>
+<div id=pad><div id=cross></div> <b id=space>FIRE</b></div> <nav id=bar><span id=hint>arrows, WASD, space</span></nav>
 <script>
 const el = (id) => document.getElementById(id), tab = Math.random().toString(36), held = new Set();
-let count = 0, latest = null, tokensShown = false, bar = "";
-el("main").innerHTML = "<figure><figcaption></figcaption><img alt=''><div class=over></div></figure>".repeat(3);
+let latest = null, tokensShown = false, buttons = {}, sent = Promise.resolve();
+const figure = "<figure><figcaption></figcaption><img alt=''><div class=over></div></figure>";
 el("cross").innerHTML = ["up left", "up", "up right", "left", "", "right", "down left", "down", "down right"]
   .map((keys, i) => `<b id="${keys}">${"◤▲◥◀·▶◣▼◢"[i]}</b>`).join("");
 
 // --- What the server sends
 function show(message) {
   latest = message;
-  const {place, who, names, action, paused, recording, trouble, policy, traces, drift, file, panels} = message;
-  const notices = [paused && "paused", recording && "recording", message.end && "the end", trouble];
-  const title = `IRIS: ${message.game}, ${{game: "the game", dream: "the dream", both: "game and dream"}[place]}`;
-  const texts = {title, about: message.about, notice: notices.filter(Boolean).join()};
+  const {place, who, names, action, paused, recording, trouble, policy, traces, drift, file, end, panels} = message;
+  const where = {game: "the game", dream: "the dream", both: "game and dream"}[place];
+  const notices = [paused && "paused", recording && "recording", end && "the end", trouble].filter(Boolean);
+  const texts = {title: `IRIS: ${message.game}, ${where}`, about: message.about, notice: notices.join(" · ")};
   for (const id in texts) el(id).textContent = texts[id];
-  const facts = {Step: message.step, Return: message.return, Plays: who, Action: names[action] ?? "-",
-    Reward: message.reward, Speed: message.fps.toFixed(0)};
+  const facts = {Step: message.step, Return: message.return, Action: names[action] ?? "-", Reward: message.reward,
+    Speed: message.fps.toFixed(0), Plays: who};
   el("facts").innerHTML = Object.entries(facts).map(([name, fact]) => `<dt>${name}<dd>${fact}`).join("");
   el("policy").hidden = !policy;
-  el("shares").innerHTML = (policy ?? []).map((share, i) => `<span class=${i == action && "on"}>${names[i]}</span>
-    <s style="--share: ${100 * share}%"></s><span>${Math.round(100 * share)}%</span>`).join("");
+  el("shares").innerHTML = (policy ?? []).map((share, i) => `<p class=${i == action && "on"}
+    style="--share: ${100 * share}%">${names[i]}<span>${Math.round(100 * share)}%</span></p>`).join("");
   el("traces").innerHTML = trace("Value", message.value?.toFixed(2), traces[0])
     + trace("Reward", message.reward, traces[1])
     + trace("Error", drift && `${drift[1].toFixed(3)}, step ${drift[0]}`, traces[2]);
   el("recorded").hidden = !file;
   if (file && !el("clip").src.endsWith(file)) el("clip").src = el("download").href = file;
   el("main").style = `--ratios: ${panels.reduce((sum, panel) => sum + panel.width / panel.height, 0)}`;
-  document.querySelectorAll("figure").forEach((figure, i) => {
-    const [title, image, over] = figure.children, panel = panels[i];
-    if (figure.hidden = !panel) return;
+  if (el("main").children.length != panels.length) el("main").innerHTML = figure.repeat(panels.length);
+  panels.forEach((panel, i) => {
+    const frame = el("main").children[i], [title, image, over] = frame.children, note = message.notes[panel.title];
     title.textContent = panel.title;
     image.src = panel.png;
-    over.innerHTML = panel.note ? `<p>${panel.note}</p>` : tokensShown ? panel.tokens.join("") : "";
-    figure.style = `--pixels: ${panel.height / devicePixelRatio}px; --ratio: ${panel.width} / ${panel.height};
+    over.innerHTML = note ? `<p>${note}</p>` : tokensShown ? panel.tokens.join("") : "";
+    frame.style = `--pixels: ${panel.height / devicePixelRatio}px; --ratio: ${panel.width} / ${panel.height};
       --side: ${Math.sqrt(panel.tokens.length)}`;
   });
-  const labels = {m: who == "you" ? "agent" : "take over", enter: "next game", p: "previous", e: "one step",
+  const labels = {m: who == "you" ? "agent" : "take over", enter: "next game", j: "back", e: "one step",
     t: {game: "into the dream", dream: "back to game", both: "dream anew"}[place], ".": paused ? "resume" : "pause",
     ",": recording ? "stop" : "record", g: "tokens", "-": "slower", "+": "faster", f: "full screen", q: "quit"};
   const on = {".": paused, ",": recording, g: tokensShown, f: document.fullscreenElement, t: place == "dream"};
-  const buttons = message.keys.map((key) => `<button value="${key}" aria-pressed=${!!on[key]}>${labels[key]}</button>`);
-  if (bar != buttons.join("")) el("bar").innerHTML = bar = buttons.join("");
+  for (const key of message.keys)
+    Object.assign(buttons[key] ??= el("bar").appendChild(document.createElement("button")),
+      {value: key, textContent: labels[key], ariaPressed: !!on[key]});
 }
 function trace(title, text, values = []) {
   const low = Math.min(0, ...values), high = Math.max(low + 0.01, ...values);
@@ -454,11 +452,9 @@ const events = new EventSource("/pictures");  // connects again by itself
 events.onmessage = (event) => show(JSON.parse(event.data));
 events.onerror = () => el("notice").textContent = "No connection: iris_play.py has stopped, or the line is broken";
 
-// --- What the player does. Over a slow line messages may change order: each has a number, and older ones are ignored.
-function send(pressed) {
-  const message = new URLSearchParams({tab, count: ++count, pressed, held: [...held].join(" ")});
-  fetch("/keys?" + message, {method: "POST", keepalive: true}).catch(() => {});
-}
+// --- What the player does. A message waits for the one before, so that they can't change their order on the way.
+const send = (pressed) => sent = sent.then(() => fetch("/keys?" + new URLSearchParams({tab, pressed,
+  held: [...held].join(" ")}), {method: "POST", keepalive: true})).catch(() => {});
 setInterval(() => held.size && send(""), 300);  // "still held": without it, a key is let go
 function hold(name, on) {  // the name of a key, or of a part of the cross
   if (on == held.has(name)) return;
@@ -482,23 +478,21 @@ onkeydown = (event) => {
 };
 onkeyup = (event) => hold(nameOf(event), false);
 onblur = () => held.forEach((name) => hold(name, false));
-el("pad").onpointerdown = ({target}) => hold(target.id, true);
-el("pad").onlostpointercapture = ({target}) => hold(target.id, false);  // the finger was lifted, wherever
-el("bar").onclick = ({target, detail}) => {
-  if (target.value) press(target.value);
-  if (detail) document.activeElement.blur();  // after the mouse, Enter and space belong to the game again
-};
+el("pad").ontouchstart = ({target}) => hold(target.id, true);
+el("pad").ontouchend = el("pad").ontouchcancel = ({target}) => hold(target.id, false);
+el("bar").onmousedown = (event) => event.preventDefault();  // Enter and space stay with the game, not with the button
+el("bar").onclick = ({target}) => target.value && press(target.value);
 </script>"""
 
 
 class Page:
-    """A screen in the browser. It pushes a message for each picture; a tab tells of keys pressed or held. Any site may
-    send requests to 127.0.0.1, so those of other origins, or for other names (DNS rebinding), are refused."""
+    """The page in the browser. The server pushes a message for each picture, and a tab tells which keys are held. Any
+    site that you visit can send requests to 127.0.0.1: other origins and other names (DNS rebinding) are refused."""
 
-    def __init__(self, host: str, port: int, fixed: dict):
+    def __init__(self, host: str, port: int, **fixed):
         """Serves at the first free port from `port` on, and waits for the first visitor. Raises IrisError."""
         self.fixed, self.message, self.number, self.changed = fixed, "{}", 0, threading.Condition()
-        self.held = "", 0, 0.0, []  # of the tab that spoke last: its name, its message's number and time, keys held
+        self.tabs: dict[str, tuple[float, list[str]]] = {}  # time of its latest message, keys held
         self.pressed, self.recorded, self.visited, listener, own = [], None, threading.Event(), None, port
         while not listener:
             try:
@@ -511,9 +505,8 @@ class Page:
         own, name = listener.getsockname()[1], socket.gethostname().lower()
         self.ours = {host.lower(), name, "localhost"}
         handler = type("Handler", (WSGIRequestHandler,), {"timeout": 10, "log": lambda *_: None})  # drops half requests
-        self.server = make_server(host, own, self.respond, True, request_handler=handler, fd=listener.fileno())
-        self.close = self.server.shutdown
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        server = make_server(host, own, self.respond, True, request_handler=handler, fd=listener.fileno())
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://{name if host == '0.0.0.0' else host}:{own}"
         taken = f" (port {port} is taken)" if port not in (0, own) else ""
         print(f"Open {address} in a browser{taken}. From elsewhere: ssh -L {own}:127.0.0.1:{own} {name}", flush=True)
@@ -524,8 +517,9 @@ class Page:
     @Request.application
     def respond(self, request: Request) -> Response:
         path, own, name = request.path, f"http://{request.host}", request.host.lower().partition(":")[0]
+        by_site = request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and path != "/"
         is_ours = name in self.ours or re.fullmatch(r"[\d.]+", name)  # an address of digits can't be rebound
-        if not is_ours or request.headers.get("Origin", own) != own:
+        if not is_ours or by_site or request.headers.get("Origin", own) != own:
             return Response("This page answers requests of its own only.", 403)
         if path == "/":
             return Response(PAGE, mimetype="text/html", headers={"X-Frame-Options": "DENY"})
@@ -533,13 +527,12 @@ class Page:
             return Response(self.messages(), mimetype="text/event-stream")
         if self.recorded and path == f"/{self.recorded.name}":
             return send_file(self.recorded, request.environ)
-        tab, count = request.args.get("tab", ""), request.args.get("count", 0, int)
-        if path != "/keys" or request.method != "POST" or count < 1:
+        if path != "/keys" or request.method != "POST":
             return Response("There is nothing here.", 404)
+        tab, pressed, held = (request.args[name] for name in ("tab", "pressed", "held"))  # or werkzeug answers 400
         with self.changed:
-            if tab != self.held[0] or count > self.held[1]:
-                self.held = tab, count, time.perf_counter(), request.args.get("held", "").split()
-            self.pressed += request.args.get("pressed", "").split()
+            self.tabs[tab] = time.perf_counter(), held.split()
+            self.pressed += pressed.split()
         return Response(status=204)
 
     def messages(self) -> Iterator[str]:
@@ -548,41 +541,38 @@ class Page:
         self.visited.set()
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.number != number, timeout=5)
+                self.changed.wait_for(lambda: self.number > number, timeout=5 if number else None)
                 number, message = self.number, self.message
-            if number:
-                yield f"data: {message}\n\n"
+            yield f"data: {message}\n\n"
 
     def show(self, panels: list[tuple], status: dict) -> None:
         pictures = []
         for title, picture, moment in panels:
             png = base64.b64encode(cv2.imencode(".png", picture[..., ::-1])[1]).decode()
             now, before = ([] if x is None else x[0].tolist() for x in (moment.tokens, moment.before))
-            pictures.append({
-                "title": title, "png": f"data:image/png;base64,{png}", "height": len(picture),
-                "width": picture.shape[1], "note": self.fixed["notes"].get(title, ""),
-                "tokens": [f"<b class={'on' * (new != old)}>{new}</b>" for new, old in zip(now, before or now)],
-            })  # fmt: skip
+            cells = [f"<b class={'on' * (new != old)}>{new}</b>" for new, old in zip(now, before or now)]
+            pictures.append({"title": title, "png": f"data:image/png;base64,{png}", "height": len(picture),
+                             "width": picture.shape[1], "tokens": cells})  # fmt: skip
         status |= {"panels": pictures, "file": self.recorded.name if self.recorded else ""}
         with self.changed:
             self.message, self.number = json.dumps(self.fixed | status), self.number + 1
             self.changed.notify_all()
 
     def read(self, deadline: float) -> tuple[list[str], list[str]]:
-        """Waits -> keys pressed since the last call, and keys held now. A tap counts for a step."""
+        """Waits -> keys pressed since the last call, and keys held now. A tab that is silent may have been closed."""
         time.sleep(max(0.0, deadline - time.perf_counter()))
         with self.changed:
-            pressed, self.pressed, (*_, told, held) = self.pressed, [], self.held
-        held = held if time.perf_counter() < told + 1.5 else []  # the tab may be closed, or the line broken
+            self.tabs = {tab: state for tab, state in self.tabs.items() if time.perf_counter() - state[0] < 1.5}
+            pressed, self.pressed, held = self.pressed, [], [key for _, keys in self.tabs.values() for key in keys]
         return pressed, held + [key for key in pressed if key not in held]
 
 
 # --- Skip on first reading: recorded episodes, files, start-up --------------------------------------------------------
 class Recorded:
-    """The episodes in media/episodes as an environment. A seed is the number of one, and actions do not matter."""
+    """Recorded episodes as an environment: a seed is the number of an episode, and the actions are those recorded."""
 
     def __init__(self, folder: Path):
-        self.paths = [path for kind in ("test", "train", "imagination") for path in sorted((folder / kind).glob("*"))]
+        self.paths = sorted(folder.glob("t*/*.npz")) + sorted(folder.glob("imagination/*.npz"))  # test and train first
         if not self.paths:
             raise IrisError(f"there are no recorded episodes in {folder.resolve()}: evaluations record some")
 
@@ -594,12 +584,21 @@ class Recorded:
         except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for a damaged file
             raise IrisError(f"{path} can't be read ({error}): move it away") from error
         self.title, self.screen = f"{path.parent.name}/{path.stem}", frames[0]
-        self.coming = list(zip([*frames[1:], frames[-1]], actions, rewards))  # no frame is kept after the last step
+        self.coming = [*zip([*frames[1:], frames[-1]], actions, rewards)][::-1]  # no frame is kept after the last step
         return self.screen, {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        self.screen, action, reward = self.coming.pop(0)
+        self.screen, action, reward = self.coming.pop()
         return self.screen, reward, not self.coming, False, {"recorded": int(action)}
+
+
+def go_back(world: World) -> None:
+    """Ten steps back in a recorded episode; from its first frame, to the episode before."""
+    step = world.real.step - 10
+    world.seed -= 1 if world.real.step else 2
+    world.reset()
+    for _ in range(step):
+        world.step(0)
 
 
 def write(path: Path, content: bytes) -> None:
@@ -632,18 +631,19 @@ def find_checkpoint(args: Args) -> Path | None:
     models = sorted(MODELS.glob(f"{game}.pt"), key=lambda path: path.stem == "breakout")  # Breakout is the last
     runs = sorted(Path("runs").glob(re.sub("[/:]", "-", args.env_id) + "*/checkpoint.pt"), key=os.path.getmtime)
     if not runs and not models and not args.human:
-        raise IrisError("there is no run under runs/: train one (iris_train.py), or see --checkpoint and --pretrained")
+        raise IrisError("no run under runs/: train one (iris_train.py), or name --checkpoint FILE or --pretrained GAME")
     return [None, *models, *runs][-1]
 
 
 def check(args: Args) -> None:
     """Raises IrisError for arguments that no mode can have, before anything is loaded."""
-    suffix, numbers = Path(args.video).suffix, (args.evaluate, args.steps, args.seed, args.port)
+    numbers = args.evaluate, args.steps, args.seed, args.port
     for wrong, text in (
         (args.agent and not args.world_model, "--agent needs --world-model"),
         (args.json and not args.evaluate, "--json needs --evaluate"),
         (args.video and (args.human or args.evaluate), "--video shows the agent: leave out --human and --evaluate"),
-        (args.video and suffix[1:] not in "webm mp4 gif webp".split(), "--video has to be a .webm, .mp4, .gif, .webp"),
+        (args.video and not args.video.endswith((".webm", ".mp4", ".gif", ".webp")),
+         f"--video {args.video}: its name has to end in .webm, .mp4, .gif or .webp"),
         (not 0.5 <= args.fps <= 1000, f"--fps {args.fps} is not from 0.5 to 1,000"),
         (not (args.temperature >= 0 <= min(numbers) and max(numbers) < 2**31), "a number is negative, or too large"),
         (not args.host, "--host is empty, which would be any address: say 0.0.0.0 if that is meant"),
@@ -660,15 +660,16 @@ def main(args: Args) -> None:
         content, settings = iris_train.read_checkpoint(checkpoint)
         agent, _ = iris_train.load_agent(checkpoint)
         epoch = content.get("epoch", settings.epochs)  # published ones are from the end
-        parts = {"The agent's view": "tokenizer", "The dream": "world_model", "The policy": "actor_critic"}
-        notes = {x: f"{x} is not trained yet" for x, model in parts.items() if epoch < vars(settings)[f"{model}_from"]}
+        starts = {"The agent's view": settings.tokenizer_from, "The dream": settings.world_model_from,
+                  "The policy": settings.actor_critic_from}  # fmt: skip
+        notes = {what: f"{what} is trained from epoch {n} on" for what, n in starts.items() if epoch < n}
         about = ". ".join([f"models of {os.path.relpath(checkpoint)}, epoch {epoch}", *notes.values()])
     settings.env_id, settings.device = args.env_id or settings.env_id, args.device
     settings.precision = settings.precision.replace("auto", "fp32")  # nothing is trained, so nothing to measure
     device, bf16 = iris_train.choose_device(settings)
     torch.manual_seed(args.seed)
     env = make_env(settings.env_id, max_frames=settings.test_max_frames)
-    names = [*getattr(env.unwrapped, "get_action_meanings", lambda: map(str, range(env.action_space.n)))()]
+    names = list(getattr(env.unwrapped, "get_action_meanings", lambda: map(str, range(env.action_space.n)))())
     if agent and len(names) != (known := agent.world_model.num_actions):
         raise IrisError(f"{checkpoint} knows {known} actions, and {settings.env_id} has {len(names)}: see --env-id")
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -679,12 +680,11 @@ def main(args: Args) -> None:
         world = World(env, agent, device, args.seed, place, all_views=args.reconstruction or args.episodes)
         if args.episodes:
             world.env, world.seed = Recorded(checkpoint.parent / "media" / "episodes"), 0
-            world.commands["p"] = lambda: world.reset(back=2)
-        if args.video:
-            return play(world, agent, None, Video(Path(args.video), args.fps), names, args, "agent")
-        page = Page(args.host, args.port, {"game": game_name(settings.env_id), "about": about, "notes": notes})
-        is_person = args.human or (args.world_model and not args.agent)
-        play(world, agent, page, None, names, args, "you" if is_person else "recorded" if args.episodes else "agent")
+            world.commands["j"] = lambda: go_back(world)
+        film = Video(Path(args.video), args.fps) if args.video else None
+        page = None if film else Page(args.host, args.port, game=game_name(settings.env_id), about=about, notes=notes)
+        person = args.human or (args.world_model and not args.agent and not film)
+        play(world, agent, page, film, names, args, "you" if person else "recorded" if args.episodes else "agent")
 
 
 if __name__ == "__main__":

@@ -224,9 +224,6 @@ class Script:
         pressed = self.pressed.get(self.count, [])
         return pressed, self.held + pressed
 
-    def close(self):
-        self.closed = True
-
 
 def scripted(breakout, pressed, held=(), who="you", place="game", **changes):
     agent, game = world(breakout, place, seed=7)
@@ -234,7 +231,6 @@ def scripted(breakout, pressed, held=(), who="you", place="game", **changes):
     page, args = Script(pressed, held), iris_play.Args(fps=1000, **changes)
     with torch.no_grad():
         iris_play.play(game, agent, page, None, ["NOOP", "FIRE", "RIGHT", "LEFT"], args, who)
-    assert page.closed
     return page.shown
 
 
@@ -307,24 +303,26 @@ def test_a_recording_that_cannot_be_kept_does_not_end_the_game(breakout, tmp_pat
 
 def test_a_recording_has_all_panels_and_a_picture_for_each_step(breakout, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    scripted(breakout, {2: [","], 4: ["."], 6: ["e"], 9: [","], 11: ["q"]}, place="both")  # paused from 4 on: 3 steps
+    scripted(breakout, {2: [","], 4: ["."], 6: ["e"], 9: [","], 11: ["q"]}, place="both")  # paused from 4 on
     (path,) = (tmp_path / "runs/recordings").iterdir()
     pictures, _ = pictures_of(path)
     assert len(pictures) == 3 and pictures[0].shape[1] > 1.8 * pictures[0].shape[0]
 
 
-def test_recorded_episodes_are_walked_step_by_step_and_by_episode(breakout):
+def test_recorded_episodes_are_walked_step_by_step_ten_back_and_by_episode(breakout):
     agent, _ = load_agent(breakout)
     recorded = iris_play.Recorded(breakout / "media/episodes")
     game = World(recorded, agent, CPU, 0, "game", all_views=True)
     game.reset()
     content = np.load(sorted((breakout / "media/episodes/test").glob("*.npz"))[0])
-    for steps, now in [(1, 1), (12, 13)]:
-        for _ in range(steps):
+    for steps, now in [(1, 1), (12, 13), (None, 3), (9, 12), (None, 2), (None, 0)]:  # None: ten back
+        for _ in range(steps or 0):
             game.step(0)
+        if not steps:
+            iris_play.go_back(game)
         assert game.now.step == now and np.array_equal(game.now.frame, content["frames"][now])
         assert game.now.total == content["rewards"][:now].sum()
-    while not game.ended:
+    while not game.now.end:
         game.step(0)
     assert game.now.step == len(content["frames"]) and game.now.action == content["actions"][-1]
     titles = []
@@ -333,7 +331,7 @@ def test_recorded_episodes_are_walked_step_by_step_and_by_episode(breakout):
         game.reset()
     assert [title.split("_")[0] for title in titles] == ["test/e0", "test/e1", "train/e0", "train/e1"]
     assert game.panels()[0][0] == titles[0]
-    game.reset(back=2)  # to the episode before
+    iris_play.go_back(game)  # from the first frame: the episode before
     assert game.panels()[0][0] == titles[3]
 
 
@@ -429,11 +427,11 @@ def test_a_published_checkpoint_plays_in_the_dream(published, tmp_path):
     "arguments, message",
     [
         (["--checkpoint", "/nonexistent.pt"], "no checkpoint can be read at /nonexistent.pt"),
-        (["--checkpoint", "{published}", "--env-id", "PongNoFrameskip-v4"], "knows 4 actions, and Pong.* has 6"),
-        (["--human", "--checkpoint", "{published}", "--env-id", "BoxingNoFrameskip-v4"], "and Boxing.* has 18: see"),
+        (["--checkpoint", "{published}", "--env-id", "PongNoFrameskip-v4"], "4 actions, and Pong.* has 6: see --env-id"),
+        (["--human", "--checkpoint", "{published}", "--env-id", "BoxingNoFrameskip-v4"], "and Boxing.* has 18: see --env-id"),
         (["--run-dir", "{run}", "--host", ""], "--host is empty"),
         (["--run-dir", "{run}", "--host", "192.0.2.1"], "can't serve at 192.0.2.1"),
-        (["--run-dir", "{run}", "--video", "x.avi"], "has to be a .webm, .mp4, .gif, .webp"),
+        (["--run-dir", "{run}", "--video", "x.avi"], "has to end in .webm, .mp4, .gif or .webp"),
         (["--run-dir", "{run}", "--video", "/proc/x.mp4"], "can't write /proc/.*x.mp4"),
         (["--run-dir", "{run}", "--video", "x.webm", "--human"], "--video shows the agent"),
         (["--run-dir", "{run}", "--evaluate", "1", "--json", "/proc/x/y.json"], "can't write /proc/x/y.json"),
@@ -441,7 +439,7 @@ def test_a_published_checkpoint_plays_in_the_dream(published, tmp_path):
         (["--pretrained", "Brekout"], "Did you mean: `BreakoutNoFrameskip`"),
         (["--fps", "0"], "--fps 0.0 is not from"),
         (["--seed", "-1"], "a number is negative, or too large"),
-        (["--agent"], "--agent needs --world-model"),
+        (["--json", "x.json"], "--json needs --evaluate"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line_and_exit_code_2_and_leaves_nothing(
@@ -500,7 +498,7 @@ class Server:
         return connection.getresponse()
 
     def press(self, key):
-        return self.request("POST", f"/keys?tab=t&count=1&pressed={key}").status
+        return self.request("POST", f"/keys?tab=t&held=&pressed={key}").status
 
     def messages(self):
         """What a tab is sent."""
@@ -520,18 +518,18 @@ def serve():
 
 def test_page_refuses_other_origins_other_names_and_what_is_no_message(counter, serve):
     server = serve("--run-dir", counter)
-    here, keys = f"127.0.0.1:{server.port}", "/keys?tab=t&count=1&pressed=1"
+    here, keys = f"127.0.0.1:{server.port}", "/keys?tab=t&held=&pressed=1"
     assert server.request("GET", "/").status == 200
     assert server.request("GET", "/", Host=f"localhost:{server.port + 1}").status == 200  # through an ssh tunnel
     assert server.request("POST", keys, Host=here, Origin=f"http://{here}").status == 204
     for refused in (
         {"Host": f"evil.example:{server.port}"}, {"Host": here, "Origin": "http://evil.example"},
-        {"Host": here, "Origin": "null"}, {"Host": here, "Origin": "https://127.0.0.1"},
+        {"Host": here, "Origin": "null"}, {"Host": here, "Sec_Fetch_Site": "cross-site"},
     ):  # fmt: skip
         assert server.request("POST", keys, **refused).status == 403
         assert server.request("GET", "/pictures", **refused).status == 403
-    for message in ("", "?tab=t", "?tab=t&count=x&pressed=q", "?tab=t&count=-1&pressed=q"):
-        assert server.request("POST", "/keys" + message).status == 404
+    for message in ("", "?tab=t", "?tab=t&pressed=q", "?tab=t&held=q"):
+        assert server.request("POST", "/keys" + message).status == 400
     assert server.request("GET", keys).status == 404  # an image on another site could ask for it
     assert server.request("POST", "/keys?tab=" + "x" * 70_000).status == 414
     assert server.request("GET", "/etc/passwd").status == server.request("GET", "/../iris_play.py").status == 404
@@ -553,7 +551,7 @@ def test_it_waits_for_its_first_visitor_and_takes_the_next_port_where_one_is_tak
 def test_half_sent_requests_are_dropped_and_500_idle_connections_leave_the_game_playable(counter, serve):
     server = serve("--run-dir", counter, "--human")
     half = socket.create_connection(("127.0.0.1", server.port))
-    half.sendall(b"POST /keys HTTP/1.1\r\nContent-Le")
+    half.sendall(b"POST /keys?tab=t&held=&pressed=q HTTP/1.1\r\nContent-Le")
     idle = [socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in range(500)]
     messages = server.messages()
     next(messages)
@@ -614,7 +612,7 @@ class Tab:
         return self.js(f"return {names}.find((x) => x.innerText == arguments[0]).nextSibling.innerText", name)
 
     def button(self, key):
-        return self.js("return document.querySelector(`button[value='${arguments[0]}']`)", key)
+        return self.js("return buttons[arguments[0]]", key)
 
     def key(self, *names, kinds=("keyDown", "keyUp")):
         texts = {"Enter": "\r", " ": " "}
@@ -652,8 +650,8 @@ def test_page_fits_the_screen_without_scrolling_or_overlaps_and_is_legible(
         const box = (x) => (({left, top, right, bottom}) => [left, top, right, bottom])(x.getBoundingClientRect());
         return {
           page: [document.documentElement.scrollWidth, document.documentElement.scrollHeight, innerWidth, innerHeight],
-          boxes: shown("header, figure, section, nav button, #pad b").map(box),
-          inside: shown("section").every((x) => x.scrollWidth <= x.clientWidth),
+          boxes: shown("header, figure, section, dl, nav button, #pad b").map(box),
+          inside: shown("section, dl").every((x) => x.scrollWidth <= x.clientWidth),
           frames: shown("figure").map((x, i) => x.clientWidth * devicePixelRatio / latest.panels[i].width),
           type: Math.min(...shown("body *").filter((x) => x.innerText)
             .map((x) => parseFloat(getComputedStyle(x).fontSize))),
@@ -718,7 +716,7 @@ def test_by_keyboard_alone_one_takes_over_pauses_steps_into_the_dream_and_back_a
     assert tab.fact("Plays") == "agent" and "the game" in tab.text("title") and "%" in tab.text("shares")
     tab.key("m")
     wait_until(lambda: tab.fact("Plays") == "you")
-    tab.js("document.querySelector('nav [value=\".\"]').focus()")  # Enter presses it, and does not restart the game
+    tab.js("buttons['.'].focus()")  # Enter on a button presses it, and does not restart the game
     tab.key("Enter")
     wait_until(lambda: "paused" in tab.text("notice") and tab.button(".").text == "resume")
     assert tab.button(".").get_attribute("aria-pressed") == "true"
@@ -758,7 +756,7 @@ def test_compare_counts_the_steps_since_the_frame_that_game_and_dream_share(brea
 
 
 def test_a_recording_plays_back_in_the_page_and_can_be_downloaded(breakout, serve, browser, tmp_path):
-    server = serve("--run-dir", breakout, "--world-model", "--agent", "--fps", 20, cwd=tmp_path)
+    server = serve("--run-dir", breakout, "--world-model", "--fps", 20, cwd=tmp_path)
     tab = Tab(browser, server.url)
     tab.key(",")
     wait_until(lambda: "recording" in tab.text("notice") and tab.button(",").text == "stop")
@@ -778,8 +776,8 @@ def test_a_component_that_is_not_trained_yet_is_said_in_place_of_noise(serve, br
     run = make_run(tmp_path / "run", BREAKOUT, epoch=5)
     tab = Tab(browser, serve("--run-dir", run, "--world-model").url)
     note = tab.js("return document.querySelector('.over p').innerText")
-    assert note == "The dream is not trained yet" and note in tab.text("about")
-    assert "epoch 5" in tab.text("about") and "The policy is not trained yet" in tab.text("about")
+    assert note == "The dream is trained from epoch 13 on" and note in tab.text("about")
+    assert "epoch 5" in tab.text("about") and "The policy is trained from epoch 18 on" in tab.text("about")
 
 
 def test_a_person_plays_without_any_models(serve, browser, tmp_path):
