@@ -1,12 +1,13 @@
 """Aggregates of human-normalised scores over games and runs, as the field reports them (arXiv 2108.13264).
 
-    python results/aggregate.py results/published_runs.csv --png results/aggregate.png
+    python results/aggregate.py results/published_runs.csv --ours results/scores.csv --png results/aggregate.png
 
 reads runs (game, method, seed, mean_return: a line each) and prints for each method the mean, the median, the
 interquartile mean and the optimality gap, with 95% intervals from a stratified bootstrap: runs are drawn with
 replacement within each game, never across games. The picture shows them beside the means and medians of published
 methods (results/published_scores.csv has a score a game for these, which gives no interval and no interquartile mean),
-and each game's runs on the scale from random play (0) to a human's (1). Needs results/requirements.txt.
+and each game's runs on the scale from random play (0) to a human's (1), beside single runs of ours, which are too few
+for aggregates. Needs results/requirements.txt.
 """
 import csv
 from collections import defaultdict
@@ -24,6 +25,7 @@ class Options:
     """Aggregates human-normalised scores over games and runs."""
 
     runs: tyro.conf.Positional[list[Path]]  # CSV files with the columns game, method, seed, mean_return
+    ours: Path | None = None  # CSV that scores.py wrote, whose runs the picture shows by game
     png: Path | None = None  # Picture to write
     draws: int = 2000  # Bootstrap samples
 
@@ -90,7 +92,18 @@ def normalise(scores: dict[str, list[float]], reference: dict) -> np.ndarray:
     return np.array(rows)
 
 
-def draw(results: dict, tables: dict, games: dict, published: dict, png: Path) -> None:
+def read_ours(path: Path) -> dict[str, list[float]]:
+    """scores.py's CSV -> game, as in Breakout -> the agents' mean returns, a run each."""
+    scores = defaultdict(list)
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            if row["player"] == "iris":
+                scores[row["game"].removesuffix("NoFrameskip-v4")].append(float(row["mean"]))
+    return scores
+
+
+def draw(results: dict, tables: dict, games: dict, published: dict, ours: dict, png: Path) -> None:
+    """`ours`: game -> human-normalised scores of some runs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,6 +125,9 @@ def draw(results: dict, tables: dict, games: dict, published: dict, png: Path) -
     for colour, (method, x) in zip(("tab:blue", "tab:orange", "tab:green"), tables.items()):
         for i, runs in enumerate(x):
             last.scatter(runs, [i] * len(runs), s=14, color=colour, alpha=0.6, label=method if i == 0 else None)
+    for game, runs in ours.items():
+        row, label = games[method].index(game), "ours, on a laptop" if game == min(ours) else None
+        last.scatter(runs, [row] * len(runs), s=40, marker="x", color="tab:red", label=label)
     last.set(title="runs by game: 0 random, 1 human", xscale="symlog", yticks=range(len(games[method])))
     last.set_yticklabels(games[method], fontsize=8)
     last.axvline(0, color="grey", lw=0.8)
@@ -135,7 +151,10 @@ def main(options: Options) -> None:
     if options.png:
         methods = {m: runs for m, runs in reference.items() if m not in ("random", "human") and len(runs) == 26}
         published = {method: normalise(runs, reference) for method, runs in methods.items()}
-        draw(results, tables, {method: sorted(runs_of) for method, runs_of in scores.items()}, published, options.png)
+        ours = read_ours(options.ours) if options.ours else {}
+        ours = {game: normalise({game: runs}, reference)[0] for game, runs in ours.items()}
+        games = {method: sorted(runs_of) for method, runs_of in scores.items()}
+        draw(results, tables, games, published, ours, options.png)
         print(options.png)
 
 
