@@ -3,7 +3,7 @@
     python results/screenshots.py --checkpoint results/models/breakout.pt
 
 play_page.png is the dream at 1280x800, with its policy, value and reward. play.webp shows game and dream side by side
-(`--compare`), from the same page at half that size.
+(`--compare`), and hand.webp the dream under keys that are held on the page, both at half that size.
 """
 import io
 import os
@@ -28,7 +28,7 @@ class Args:
 
     checkpoint: str = "results/models/breakout.pt"  # Checkpoint to play with
     out: Path = ROOT / "results"  # Folder of the pictures
-    seconds: float = 9.0  # Length of play.webp
+    seconds: float = 9.0  # Length of play.webp and hand.webp
     fps: int = 8  # Its pictures a second
     scheme: str = "dark"  # light or dark
 
@@ -56,6 +56,19 @@ def picture(browser: webdriver.Chrome) -> Image.Image:
     return Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
 
 
+def film(browser: webdriver.Chrome, args: Args, name: str, keys: list[str]) -> None:
+    """What the page shows for some seconds, in which these keys are held one after the other."""
+    began, pictures = time.monotonic(), []
+    while (now := time.monotonic() - began) < args.seconds:
+        for i, key in enumerate(keys):
+            browser.execute_script(f"hold('{key}', {str(i == int(now / args.seconds * len(keys))).lower()})")
+        pictures.append(picture(browser).resize((800, 500), Image.Resampling.LANCZOS))
+        time.sleep(max(0.0, began + len(pictures) / args.fps - time.monotonic()))
+    first, *others = pictures
+    more = {"append_images": others, "duration": round(1000 * args.seconds / len(pictures)), "loop": 0}
+    first.save(args.out / name, save_all=True, quality=70, method=4, **more)
+
+
 def main(args: Args) -> None:
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
@@ -72,22 +85,22 @@ def main(args: Args) -> None:
         wait_for(browser, "latest.traces[0]?.length == 100 && latest.step > 12")
         picture(browser).save(args.out / "play_page.png", optimize=True)
 
+        processes[-1].terminate()
+
         processes.append(open_page(browser, args, "--compare"))
         wait_for(browser, "latest.drift[0] > 3", 30)
-        began, pictures = time.monotonic(), []
-        while time.monotonic() < began + args.seconds:
-            pictures.append(picture(browser).resize((800, 500), Image.Resampling.LANCZOS))
-            time.sleep(max(0.0, began + len(pictures) / args.fps - time.monotonic()))
-        durations = round(1000 * args.seconds / len(pictures))
-        first, *others = pictures
-        more = {"append_images": others, "duration": durations, "loop": 0, "quality": 70, "method": 4}
-        first.save(args.out / "play.webp", save_all=True, **more)
+        film(browser, args, "play.webp", [])
+        processes[-1].terminate()
+
+        processes.append(open_page(browser, args, "--world-model", "--fps", "10"))
+        wait_for(browser, "latest.step >= 0", 30)
+        film(browser, args, "hand.webp", ["space", "left", "right", "left", "right"])
     finally:
         browser.quit()
         for process in processes:
             process.terminate()
             process.wait()
-    for name in ("play_page.png", "play.webp"):
+    for name in ("play_page.png", "play.webp", "hand.webp"):
         print(f"{args.out / name}: {(args.out / name).stat().st_size / 1e6:.2f} MB")
 
 
