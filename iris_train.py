@@ -725,8 +725,8 @@ def parse_args(argv: list[str]) -> Args:
         args = tyro.cli(Args, default=PRESETS[preset], args=argv, description=f"{Args.__doc__} Ranges: {ranges}.")
         return replace(args, preset=preset)
     checkpoint, saved = read_checkpoint(resume)
-    if "format" not in checkpoint:
-        raise IrisError(f"{resume} is a published checkpoint, not a run: start a run with --init-from {resume}")
+    if "replay_length" not in checkpoint:
+        raise IrisError(f"{resume} is a model without its run: start another with --init-from {resume}")
     args = tyro.cli(Args, default=saved, args=argv)
     fixed = "env_id preset seed noop_max max_frames perceptual_loss run_dir init_from"
     for name in [*fixed.split(), *get_args(Model)]:

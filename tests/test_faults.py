@@ -227,8 +227,8 @@ TRAIN = {  # what is wrong -> arguments, and what the line says
     "an empty checkpoint": ("--resume {empty}", "damaged"),
     "a text": ("--resume {text}", "another kind of file"),
     "another version": ("--resume {version}", "of an IRIS run of this version"),
-    "a published one": ("--resume {published}", "start a run with --init-from"),
-    "a model without a replay": ("--resume {models}/catch.pt", "is another run's, or damaged"),
+    "a published one": ("--resume {published}", "start another with --init-from"),
+    "a model without a replay": ("--resume {models}/catch.pt", "start another with --init-from"),
     "no length": ("--resume {length0}", "is another run's, or damaged"),
     "a negative length": ("--resume {length-5}", "is another run's, or damaged"),
     "a greater length": ("--resume {length999}", "is another run's, or damaged"),
@@ -319,7 +319,7 @@ def test_every_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing_behind(r
              for flags in map(str.strip, NUMBERS.split(";"))}  # fmt: skip
     cases |= {name: ("iris_train.py", *case) for name, case in TRAIN.items()}
     cases |= {f"play, {name}": ("iris_play.py", *case) for name, case in PLAY.items()}
-    before, wrong = snapshot(files["run"].parent), []
+    before, wrong, models = snapshot(files["run"].parent), [], snapshot(files["models"])
     for name, (file, flags, said) in cases.items():
         argv = flags.format(**files).split()
         if file == "iris_train.py" and "--resume" not in flags:
@@ -332,7 +332,7 @@ def test_every_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing_behind(r
         if code != 2 or not fits or left:
             wrong.append(f"{name}: exit code {code}, left {left}, {err[-300:]!r}")
     assert not wrong, "\n".join(wrong)
-    assert snapshot(files["run"].parent) == before
+    assert snapshot(files["run"].parent) == before and snapshot(files["models"]) == models
     assert len(cases) >= 100
     say(f"{len(cases)} bad inputs: exit code 2 and one line on stderr, nothing left behind")
 
