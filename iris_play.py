@@ -1,7 +1,7 @@
 """Chapter 5 of IRIS: step into the dream, and watch what was learned.
 
 A world model that predicts the next tokens well is a game engine (IRIS, arXiv 2209.00588). Here a person or the policy
-chooses the actions, and the transformer of chapter 2 answers with the next frame. The way of a key to a new picture:
+chooses the actions, and the transformer of chapter 2 answers with the next frame. From a key to a new picture:
 
     1. "left" is held on the page                          ->  action 3             choose
     2. the action is appended to the stream of tokens      ->  (1, T + 1)           Dream.step, chapter 2
@@ -11,8 +11,8 @@ chooses the actions, and the transformer of chapter 2 answers with the next fram
 
 What the player sees of that:
     16 tokens   Each stands for about 16 x 16 pixels. One wrong token, and a ball of two pixels jumps, or is gone.
-    sampling    Rewards, ends and tokens are drawn, not argmaxed: the same keys in the same frame give another dream.
-    refill      20 steps fill the context. Then the latest 10 are read again (a slower step), and the rest is forgotten.
+    sampling    Rewards, ends and tokens are drawn [paper]: the same keys in the same frame give another dream.
+    refill      20 steps fill the context. Then the latest 10 are read again (slower); the rest is forgotten [ours].
 
 Run it:   python iris_play.py                        # the agent of the newest run plays the real game
           python iris_play.py --world-model          # you play in its dream; `--agent`: it plays there itself
@@ -127,8 +127,9 @@ class World:
         if place != "game":
             seen = self.dream.reset(to_model(torch.from_numpy(self.real.frame)[None].to(self.device)))
             frame = to_stored(seen)[0].cpu().numpy()
+            # Policy and LSTM state go on from the real frame, if they were computed there.
             self.dreamed = replace(self.real, frame=frame, tokens=self.dream.context, seen=seen)
-            self.parted = self.real, self.dreamed  # where game and dream were one
+            self.parted = self.real, self.dreamed  # the frames at which they part
 
     def step(self, action: int) -> None:
         if self.place != "dream":
@@ -174,7 +175,7 @@ class World:
 
 
 # --- Who chooses: a person, or the policy -----------------------------------------------------------------------------
-# What a key means, in the words that action names are made of; a digit is the action of that number.
+# What a key means, in the words that action names are made of; a digit is for actions without names.
 KEYS = {"left": "LEFT", "right": "RIGHT", "up": "UP", "down": "DOWN", "space": "FIRE",
         "a": "LEFT", "d": "RIGHT", "w": "UP", "s": "DOWN", **{digit: digit for digit in "0123456789"}}  # fmt: skip
 WORDS = re.compile(r"UP|DOWN|LEFT|RIGHT|FIRE|\d+")
@@ -241,7 +242,7 @@ def play(world: World, agent: Agent | None, page, film: "Video | None", names: l
                 break
             paused ^= "." in pressed
             if faster := ("+" in pressed) - ("-" in pressed):
-                fps = min(240.0, max(1.0, fps * 1.5**faster))
+                fps = min(1000.0, max(0.5, fps * 1.5**faster))
             if "m" in pressed and "m" in keys:
                 who = "you" if who == "agent" else "agent"
             if "," in pressed:
@@ -297,13 +298,13 @@ def evaluate(agent: Agent, settings: iris_train.Args, args: Args, device: torch.
         write(Path(args.json), json.dumps(result | {"returns": returns.tolist()}, indent=2).encode() + b"\n")
 
 
-# --- Video files ------------------------------------------------------------------------------------------------------
+# --- Skip on first reading: video files -------------------------------------------------------------------------------
 def paint(panels: list[tuple], height: int) -> np.ndarray:
-    """Panels side by side, each magnified by a whole number to at most a height -> (height + 24, W, 3) uint8."""
+    """Panels side by side, each magnified or thinned by a whole number to fit a height -> (height + 24, W, 3) uint8."""
     columns = []
     for title, picture, _ in panels:
-        times = max(1, height // picture.shape[0])
-        picture = picture.repeat(times, axis=0).repeat(times, axis=1)
+        times, step = max(1, height // picture.shape[0]), -(-picture.shape[0] // height)  # one of the two is 1
+        picture = picture[::step, ::step].repeat(times, axis=0).repeat(times, axis=1)
         below, right = max(0, height - picture.shape[0]), 8 - picture.shape[1] % 8  # codecs need even numbers
         columns.append(np.pad(picture, ((24, below), (0, right), (0, 0))))
         cv2.putText(columns[-1], title, (2, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (230, 230, 230), 1, cv2.LINE_AA)
@@ -328,7 +329,7 @@ class Video:
         if not self.writer:
             self.size, code = picture.shape[1::-1], cv2.VideoWriter_fourcc(*self.codec)
             self.writer = cv2.VideoWriter(str(self.beside), code, self.fps, self.size)
-        self.writer.write(cv2.resize(picture, self.size))  # its size changes with the number of panels
+        self.writer.write(cv2.resize(picture, self.size))  # a key may change the number of panels
 
     def close(self) -> Path:
         """Raises IrisError if the file is not whole."""
@@ -350,7 +351,7 @@ class Video:
         return self.path
 
 
-# --- The page ---------------------------------------------------------------------------------------------------------
+# --- Skip on first reading: the page ----------------------------------------------------------------------------------
 PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>IRIS</title><link rel=icon href="data:,">
 <meta name=viewport content="width=device-width, initial-scale=1">
 <style>
@@ -379,7 +380,6 @@ h2, #shares p { display: flex; justify-content: space-between; font-size: 14px }
 h2 b, dd { color: var(--text); font-weight: bold }
 dl { display: grid; grid-template-columns: repeat(2, auto 1fr); gap: 2px 6px }
 #shares p { padding: 0 4px; line-height: 1.25; background: linear-gradient(#4a98ff66 0 0) 0 / var(--share) no-repeat }
-#shares .on { color: light-dark(#0b4a94, #a8d0ff); font-weight: bold }
 svg { display: block; width: 100%; height: min(48px, 5vh); fill: none; stroke: var(--main); stroke-width: 2 }
 nav { grid-area: bar; display: flex; flex-wrap: wrap; gap: 6px; justify-content: center; align-items: center }
 [aria-pressed=true], #pad .on { background: var(--main); color: light-dark(#fff, #0f1216) }
@@ -417,7 +417,7 @@ function show(message) {
     Speed: message.fps.toFixed(0), Plays: who};
   el("facts").innerHTML = Object.entries(facts).map(([name, fact]) => `<dt>${name}<dd>${fact}`).join("");
   el("policy").hidden = !policy;
-  el("shares").innerHTML = (policy ?? []).map((share, i) => `<p class=${i == action && "on"}
+  el("shares").innerHTML = (policy ?? []).map((share, i) => `<p
     style="--share: ${100 * share}%">${names[i]}<span>${Math.round(100 * share)}%</span></p>`).join("");
   el("traces").innerHTML = trace("Value", message.value?.toFixed(2), traces[0])
     + trace("Reward", message.reward, traces[1])
@@ -536,7 +536,7 @@ class Page:
         return Response(status=204)
 
     def messages(self) -> Iterator[str]:
-        """The newest message, as soon as there is another; after 5 seconds the same one, which shows who has left."""
+        """The newest message, as soon as there is another; after 5 seconds the same, which fails if the tab has gone."""
         number = 0
         self.visited.set()
         while True:
@@ -653,7 +653,7 @@ def check(args: Args) -> None:
 
 
 def main(args: Args) -> None:
-    """Plays. Raises IrisError for what the user can put right."""
+    """Plays. Raises IrisError for a user's errors."""
     check(args)
     checkpoint, agent, settings, about, notes = find_checkpoint(args), None, iris_train.Args(), "no models", {}
     if checkpoint:

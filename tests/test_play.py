@@ -241,7 +241,7 @@ def test_pause_one_step_hand_over_restart_and_speed_do_what_they_say(breakout):
     assert [status["step"] for status in shown] == steps
     assert [status["paused"] for status in shown[3:6]] == [False, True, True]
     assert (shown[14]["who"], shown[15]["who"]) == ("you", "agent")
-    assert all(status["action"] == 2 for status in shown[1:15]) and shown[22]["fps"] == 240
+    assert all(status["action"] == 2 for status in shown[1:15]) and shown[22]["fps"] == pytest.approx(1000 / 1.5)
     assert len(shown[19]["traces"][0]) == 13 and len(shown[19]["policy"]) == 4
 
 
@@ -299,6 +299,13 @@ def test_a_recording_that_cannot_be_kept_does_not_end_the_game(breakout, tmp_pat
     (tmp_path / "runs").touch()  # in the folder's place
     shown = scripted(breakout, {2: [","], 5: ["q"]})
     assert len(shown) == 5 and "can't write" in shown[2]["trouble"]
+
+
+def test_a_film_has_even_sizes_and_one_height_whatever_the_sizes_of_its_panels():
+    tall, small = np.zeros((501, 333, 3), np.uint8), np.zeros((64, 64, 3), np.uint8)
+    for height in (448, 256):
+        picture = iris_play.paint([("The game", tall, None), ("At 64 x 64", small, None)], height)
+        assert picture.shape[0] == height + 24 and picture.shape[1] % 2 == 0
 
 
 def test_a_recording_has_all_panels_and_a_picture_for_each_step(breakout, tmp_path, monkeypatch):
