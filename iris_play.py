@@ -536,7 +536,7 @@ class Page:
         return Response(status=204)
 
     def messages(self) -> Iterator[str]:
-        """The newest message, as soon as there is another; after 5 seconds the same, which fails if the tab has gone."""
+        """The newest message, as soon as there is another; after 5 seconds the same, which fails if the tab is gone."""
         number = 0
         self.visited.set()
         while True:

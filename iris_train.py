@@ -760,7 +760,7 @@ def check(part: Any, prefix: str = "--") -> None:
                 raise IrisError(f"{flag} is {x}, and has to be from {least} to {most}")
 
 
-def check_memory(args: Args, num_actions: int, device: torch.device) -> None:
+def check_memory(args: Args, num_actions: int) -> None:
     """Raises IrisError for sizes that can't fit. Of what a run needs it counts weights, gradients and Adam's moments,
     and of a batch the frames, or the embeddings of tokens."""
     with torch.device("meta"):  # tensors without memory
@@ -768,10 +768,10 @@ def check_memory(args: Args, num_actions: int, device: torch.device) -> None:
     frames = max(args.tokenizer_batch_size, args.actor_critic_batch_size * (args.burn_in + args.horizon))
     embeddings = args.world_model_batch_size * args.world_model.max_tokens * args.world_model.width
     needed = 4 * (4 * weights + max(3 * FRAME_SIZE**2 * frames, embeddings) // args.accumulate)
-    cuda = device.type == "cuda"
-    has = torch.cuda.mem_get_info(device)[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    has = torch.cuda.mem_get_info()[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > has:
-        raise IrisError(f"such models and batches need {needed >> 30:,} GiB of memory; {device} has {has >> 30}")
+        raise IrisError(f"such models and batches need {needed >> 30:,} GiB of memory; there are {has >> 30}")
 
 
 def choose_device(args: Args) -> tuple[torch.device, bool]:
@@ -823,12 +823,12 @@ def build(args: Args) -> Run:
     for name in taken:  # its sizes come along with a model
         setattr(args, name, getattr(source_args, name))
     check(args)
-    device, bf16 = choose_device(args)
-    torch.manual_seed(args.seed)
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
         raise IrisError("--compile needs a C++ compiler: install g++, or leave it out")
     env = make_env(args.env_id, args.noop_max, args.max_frames, life_loss_ends=True)
-    check_memory(args, int(env.action_space.n), device)
+    check_memory(args, int(env.action_space.n))  # before models are built, to measure or to train
+    device, bf16 = choose_device(args)
+    torch.manual_seed(args.seed)
     try:
         lpips = None if args.perceptual_loss == "pixel" else load_lpips().to(device)
     except OSError as error:

@@ -313,7 +313,8 @@ def test_paper_sizes_go_through_every_phase_on_a_cpu_and_warn_of_the_wait(tmp_pa
     one = [f"--{name}-{what}" for name in ("tokenizer", "world-model", "actor-critic") for what in ("from", "steps", "batch-size")]
     result = train(
         *BREAKOUT, "--preset", "paper", "--epochs", 1, "--run-dir", folder, "--perceptual-loss", "pixel",
-        "--collect-steps", 5, *(word for flag in one for word in (flag, 1)), "--eval-every", 1, "--test-episodes", 1, "--test-max-frames", 60,
+        "--collect-steps", 5, *(word for flag in one for word in (flag, 1)),
+        "--eval-every", 1, "--test-episodes", 1, "--test-max-frames", 60,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert re.search(r"--preset paper in \S+ on cpu \(laptop takes hours, paper weeks\)", result.stdout)

@@ -262,7 +262,7 @@ PLAY = {
     "a person in a video": ("--run-dir {run} --video x.webm --human", "--video shows the agent"),
     "an agent without its dream": ("--run-dir {run} --agent", "--agent needs --world-model"),
     "json without games": ("--run-dir {run} --json x.json", "--json needs --evaluate"),
-    "json into a folder": ("--run-dir {run} --evaluate 1 --json {folder}", "is a folder"),
+    "json into a folder": ("--run-dir {run} --evaluate 1 --json {folder}", "Is a directory"),
     "json nowhere": ("--run-dir {run} --evaluate 1 --json /proc/x.json", "can't write"),
     "no host": ("--run-dir {run} --host=", "--host is empty"),
     "a foreign host": ("--run-dir {run} --host 192.0.2.1", "can't serve at"),
