@@ -25,9 +25,9 @@ class Options:
     """Aggregates human-normalised scores over games and runs."""
 
     runs: tyro.conf.Positional[list[Path]]  # CSV files with the columns game, method, seed, mean_return
-    ours: Path | None = None  # CSV that scores.py wrote, whose runs the picture shows by game
     png: Path | None = None  # Picture to write
     draws: int = 2000  # Bootstrap samples
+    ours: Path | None = None  # CSV that scores.py wrote, whose runs the picture shows by game
 
 
 def mean(x: np.ndarray) -> np.ndarray:

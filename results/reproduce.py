@@ -259,7 +259,7 @@ def report(runs: list[Run], storage: Path) -> None:
     if len(rows) < len(runs):
         print(f"{len(runs) - len(rows)} of {len(runs)} runs are not finished: the same command tries them again")
     elif all(row[0] in ATARI for row in rows):
-        aggregate.main(aggregate.Options([storage / "scores.csv"], storage / "aggregate.png"))
+        aggregate.main(aggregate.Options([storage / "scores.csv"], png=storage / "aggregate.png"))
 
 
 if __name__ == "__main__":
