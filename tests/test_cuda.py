@@ -376,7 +376,7 @@ def test_an_agent_trained_here_is_evaluated_and_plays_the_game_and_its_dream(tmp
     (tmp_path / "run/args.json").write_text("{}")
     common = {"run_dir": str(tmp_path / "run"), "device": str(DEVICE)}
     iris_play.main(iris_play.Args(evaluate=2, **common))
-    assert "2 test episodes" in capsys.readouterr().out
+    assert "episodes          2\n" in capsys.readouterr().out
     for mode in ({}, {"compare": True}, {"reconstruction": True}, {"world_model": True, "agent": True}):
         path = tmp_path / f"{'_'.join(mode) or 'game'}.gif"
         iris_play.main(iris_play.Args(video=str(path), steps=4, **mode, **common))
