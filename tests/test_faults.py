@@ -16,7 +16,9 @@ import signal
 import sys
 import time
 from importlib import import_module
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -74,10 +76,12 @@ class Runner:
     """Starts programs; each has a folder with its output and an empty working directory."""
 
     def __init__(self, folder: Path):
-        os.environ |= {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "https_proxy": "http://127.0.0.1:9",
+        environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "https_proxy": "http://127.0.0.1:9",
                        "TORCH_HOME": "/nonexistent/torch", "OMP_NUM_THREADS": "1"}  # fmt: skip
         self.context, self.folder, self.count = multiprocessing.get_context("forkserver"), folder, itertools.count()
         self.context.set_forkserver_preload(["iris_play", "test_faults"])
+        with mock.patch.dict(os.environ, environment):  # the server's, and so its forks', not that of other tests
+            forkserver.ensure_running()
 
     def start(self, name: str, *argv, killed_at=None, environment={}, limit=0):
         folder = self.folder / f"process{next(self.count)}"
