@@ -127,8 +127,7 @@ class World:
         if place != "game":
             seen = self.dream.reset(to_model(torch.from_numpy(self.real.frame)[None].to(self.device)))
             frame = to_stored(seen)[0].cpu().numpy()
-            # Policy and LSTM state go on from the real frame, if they were computed there.
-            self.dreamed = replace(self.real, frame=frame, tokens=self.dream.context, seen=seen)
+            self.dreamed = replace(self.real, frame=frame, tokens=self.dream.context, seen=seen)  # LSTM state goes on
             self.parted = self.real, self.dreamed  # the frames at which they part
 
     def step(self, action: int) -> None:
@@ -279,10 +278,10 @@ def game_name(env_id: str) -> str:
 
 def evaluate(agent: Agent, settings: iris_train.Args, args: Args, device: torch.device, checkpoint: Path) -> None:
     """Plays whole test games, at most 16 side by side; prints what they returned, beside a human's and the paper's."""
-    settings.test_episodes, settings.test_envs = args.evaluate, min(16, args.evaluate)
-    settings.test_temperature = args.temperature
+    n = settings.test_episodes = args.evaluate
+    settings.test_envs, settings.test_temperature = min(16, n), args.temperature
     games = iris_train.play_test_episodes(agent, settings, device, args.seed, keep=0)
-    returns, n = np.array([game["return"] for game in games]), len(games)
+    returns = np.array([game["return"] for game in games])
     path = Path(__file__).parent / "results" / "published_scores.csv"
     rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
     known = {player: float(score) for game, player, score in rows if game == game_name(settings.env_id)}  # may be empty
@@ -637,13 +636,14 @@ def find_checkpoint(args: Args) -> Path | None:
 
 def check(args: Args) -> None:
     """Raises IrisError for arguments that no mode can have, before anything is loaded."""
-    numbers = args.evaluate, args.steps, args.seed, args.port
+    numbers, suffix = (args.evaluate, args.steps, args.seed, args.port), Path(args.video).suffix
     for wrong, text in (
         (args.agent and not args.world_model, "--agent needs --world-model"),
-        (args.json and not args.evaluate, "--json needs --evaluate"),
+        (args.json and (not args.evaluate or os.path.isdir(args.json)), "--json needs --evaluate, and no folder"),
         (args.video and (args.human or args.evaluate), "--video shows the agent: leave out --human and --evaluate"),
-        (args.video and not args.video.endswith((".webm", ".mp4", ".gif", ".webp")),
+        (args.video and suffix not in (".webm", ".mp4", ".gif", ".webp"),
          f"--video {args.video}: its name has to end in .webm, .mp4, .gif or .webp"),
+        (suffix in (".gif", ".webp") and (args.steps > 1000 or args.fps > 50), "over 1,000 steps or 50 fps: use .webm"),
         (not 0.5 <= args.fps <= 1000, f"--fps {args.fps} is not from 0.5 to 1,000"),
         (not (args.temperature >= 0 <= min(numbers) and max(numbers) < 2**31), "a number is negative, or too large"),
         (not args.host, "--host is empty, which would be any address: say 0.0.0.0 if that is meant"),

@@ -291,8 +291,8 @@ class Replay(Steps):
         self.file.write(steps.tobytes())
         self.file.flush()
         os.fsync(self.file.fileno())
-        empty = os.path.getsize(self.file.name) == 0  # an empty file can't be mapped
-        super().__init__(np.empty(0, STEP) if empty else np.memmap(self.file.name, STEP, mode="r"))
+        whole = os.path.getsize(self.file.name) // STEP.itemsize  # a process that is killed may leave a part of a step
+        super().__init__(np.memmap(self.file.name, STEP, "r", shape=whole) if whole else np.empty(0, STEP))
 
 
 # --- The algorithm ----------------------------------------------------------------------------------------------------
@@ -303,7 +303,6 @@ class Run:
     args: Args
     folder: Path
     device: torch.device
-    bf16: bool
     agent: Agent
     optimizers: dict[str, torch.optim.Optimizer]
     lpips: Lpips | None
@@ -322,7 +321,7 @@ class Run:
     writer: Any = None  # TensorBoard's
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled="bf16" in self.args.precision)
 
     def x_axis(self) -> int:
         """TensorBoard's: environment steps; after the last one, it goes on by one an epoch."""
@@ -643,7 +642,7 @@ def save_checkpoint(run: Run) -> None:
 
 def read_checkpoint(run_or_checkpoint: Path | str) -> tuple[dict, Args]:
     """A run's folder, its checkpoint, or a published one, named by its game (Breakout.pt) -> its content on the CPU,
-    and its arguments: for a published one the paper's. Raises IrisError for any other file."""
+    and its arguments, defaults for newer ones; for a published one the paper's. Raises IrisError for any other file."""
     path = checkpoint_path(run_or_checkpoint)
     try:
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
@@ -656,7 +655,7 @@ def read_checkpoint(run_or_checkpoint: Path | str) -> tuple[dict, Args]:
         return content, Args(env_id=f"{path.stem}NoFrameskip-v4")
     if content.get("format") != FORMAT:
         raise IrisError(f"{path} is no checkpoint of an IRIS run of this version, and not a published one")
-    values = {name: value for name, value in content["args"].items() if hasattr(Args(), name)}  # new ones: default
+    values = {name: value for name, value in content["args"].items() if name in Args.__dataclass_fields__}
     check(args := Args(**values | {name: type(getattr(Args(), name))(**values[name]) for name in get_args(Model)}))
     return content, args
 
@@ -748,8 +747,8 @@ RANGES = {  # the least and the greatest value of a number, or of each in a tupl
 
 def check(part: Any, prefix: str = "--") -> None:
     """Arguments, or those of a model. Raises IrisError for a value that would fail in a phase, maybe hours later."""
-    for name, value in vars(part).items():
-        flag, kind = prefix + name.rstrip("_").replace("_", "-"), type(getattr(type(part)(), name))
+    for (name, value), default in zip(vars(part).items(), vars(type(part)()).values(), strict=True):
+        flag, kind = prefix + name.rstrip("_").replace("_", "-"), type(default)
         if is_dataclass(value):
             check(value, f"{flag}.")
         if not isinstance(value, (int, float) if kind is float else kind) or (value == () and name != "attention_at"):
@@ -761,8 +760,7 @@ def check(part: Any, prefix: str = "--") -> None:
 
 
 def check_memory(args: Args, num_actions: int) -> None:
-    """Raises IrisError for sizes that can't fit. Of what a run needs it counts weights, gradients and Adam's moments,
-    and of a batch the frames, or the embeddings of tokens."""
+    """Raises IrisError for what can't fit: weights, gradients, Adam's moments, and a batch's frames or embeddings."""
     with torch.device("meta"):  # tensors without memory
         weights = sum(weight.numel() for weight in build_agent(args, num_actions).parameters())
     frames = max(args.tokenizer_batch_size, args.actor_critic_batch_size * (args.burn_in + args.horizon))
@@ -827,7 +825,7 @@ def build(args: Args) -> Run:
         raise IrisError("--compile needs a C++ compiler: install g++, or leave it out")
     env = make_env(args.env_id, args.noop_max, args.max_frames, life_loss_ends=True)
     check_memory(args, int(env.action_space.n))  # before models are built, to measure or to train
-    device, bf16 = choose_device(args)
+    device, _ = choose_device(args)
     torch.manual_seed(args.seed)
     try:
         lpips = None if args.perceptual_loss == "pixel" else load_lpips().to(device)
@@ -847,6 +845,8 @@ def build(args: Args) -> Run:
     name = f"runs/{args.env_id.replace('/', '-').replace(':', '-')}__iris__{args.seed}__{int(time.time())}"
     folder = checkpoint_path(args.resume).parent if args.resume else Path(args.run_dir or name)
     try:
+        if not args.resume and (folder / "checkpoint.pt").exists():
+            raise IrisError(f"{folder} holds a run already: --resume {folder}, or name another --run-dir")
         replay = Replay(folder / "replay")
     except OSError as error:
         why = "another process is training there" if isinstance(error, BlockingIOError) else error.strerror
@@ -855,7 +855,7 @@ def build(args: Args) -> Run:
     dream = (CompiledDream if args.compile else Dream)(agent.tokenizer, agent.world_model)
     replay.cut(checkpoint, int(env.action_space.n))
     optimizers, rng = make_optimizers(agent, args), np.random.default_rng(args.seed)
-    run = Run(args, folder, device, bf16, agent, optimizers, lpips, dream, env, replay, rng)
+    run = Run(args, folder, device, agent, optimizers, lpips, dream, env, replay, rng)
     if checkpoint:
         restore(run, checkpoint)
     return run

@@ -89,6 +89,16 @@ def checkpoint(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
+def assert_same_run(one, other):
+    """Two folders hold the same run, bit for bit: weights, optimisers, generators and replay."""
+    contents = [checkpoint(folder) for folder in (one, other)]
+    for content in contents:
+        assert content.pop("args")  # they name the run folder
+    assert_same(*contents)
+    for file in (one / "replay").iterdir():
+        assert file.read_bytes() == (other / "replay" / file.name).read_bytes()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A short run on Breakout through all phases and two evaluations, never interrupted."""
@@ -165,12 +175,7 @@ def test_a_run_killed_twice_and_resumed_ends_bit_for_bit_as_one_never_interrupte
 
     result = train("--resume", other)
     assert result.returncode == 0 and "Done: 4 epochs, 100 environment steps" in result.stdout, result.stderr
-    ours, theirs = checkpoint(other), checkpoint(folder)
-    for content in (ours, theirs):
-        content.pop("args")  # they name the run folder
-    assert_same(ours, theirs)
-    for file in (folder / "replay").iterdir():
-        assert file.read_bytes() == (other / "replay" / file.name).read_bytes()
+    assert_same_run(folder, other)
 
 
 @pytest.mark.parametrize(("how", "when"), [(signal.SIGINT, "epoch 2/500"), (signal.SIGTERM, "Run folder")])
@@ -251,7 +256,7 @@ BAD_INPUT = {
     "resume of another game": (["--resume", "RUN", "--env-id", "PongNoFrameskip-v4"], "env_id Breakout.*not Pong"),
     "resume elsewhere": (["--resume", "RUN", "--run-dir", "/tmp/x"], "is a run with run_dir .*, not /tmp/x: leave that out"),
     "resume with other sizes": (["--resume", "RUN", "--world-model.layers", "3"], "is a run with world_model"),
-    "a run already there": (["--run-dir", "RUN"], "is another run's, or damaged"),
+    "a run already there": (["--run-dir", "RUN"], "holds a run already"),
     "unwritable run folder": (["--run-dir", "/dev/null/run"], "can't use the run folder /dev/null/run: Not a directory"),
     "no such device": (["--device", "quantum"], "--device quantum is not available here"),
     "lpips insisted on": (["--perceptual-loss", "lpips"], "vgg16-397923af.pth .* and lpips_v0.1_vgg.pth"),

@@ -26,16 +26,14 @@ import torch
 
 import reference
 from iris_train import STEP
-from test_command_line import assert_same, checkpoint
+from test_command_line import BREAKOUT, COUNTER, ROOT, assert_same_run, checkpoint, environment
 from test_train import FAST
 
-ROOT = Path(__file__).parent.parent
-COUNTER, BREAKOUT = ["--env-id", "tests.games:Counter-v0"], ["--env-id", "BreakoutNoFrameskip-v4"]
 pytestmark = pytest.mark.slow
 
 
 # --- Processes --------------------------------------------------------------------------------------------------------
-def program(name: str, argv: list[str], folder: str, killed_at: tuple | None, environment: dict, limit: int) -> None:
+def program(name: str, argv: list[str], folder: str, killed_at: tuple | None, changes: dict, limit: int) -> None:
     """In a process of its own: runs a program in a folder. It is killed in the n-th call of a function, before it or
     after it; its files may have `limit` bytes."""
     for number, kind in ((1, "out"), (2, "err")):
@@ -60,7 +58,7 @@ def program(name: str, argv: list[str], folder: str, killed_at: tuple | None, en
             return result
 
         setattr(owner, attribute, deadly)
-    os.environ |= environment
+    os.environ |= changes
     os.chdir(f"{folder}/cwd")
     sys.path.insert(0, str(ROOT))
     sys.argv = [name, *argv]
@@ -76,17 +74,16 @@ class Runner:
     """Starts programs; each has a folder with its output and an empty working directory."""
 
     def __init__(self, folder: Path):
-        environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "https_proxy": "http://127.0.0.1:9",
-                       "TORCH_HOME": "/nonexistent/torch", "OMP_NUM_THREADS": "1"}  # fmt: skip
         self.context, self.folder, self.count = multiprocessing.get_context("forkserver"), folder, itertools.count()
         self.context.set_forkserver_preload(["iris_play", "test_faults"])
-        with mock.patch.dict(os.environ, environment):  # the server's, and so its forks', not that of other tests
+        # The environment is the server's, and so its forks', not that of other tests.
+        with mock.patch.dict(os.environ, environment(PYTHONPATH=f"{ROOT}:{ROOT}/tests", OMP_NUM_THREADS="1")):
             forkserver.ensure_running()
 
-    def start(self, name: str, *argv, killed_at=None, environment={}, limit=0):
+    def start(self, name: str, *argv, killed_at=None, changes={}, limit=0):
         folder = self.folder / f"process{next(self.count)}"
         (folder / "cwd").mkdir(parents=True)
-        arguments = name, [*map(str, argv)], str(folder), killed_at, environment, limit
+        arguments = name, [*map(str, argv)], str(folder), killed_at, changes, limit
         process = self.context.Process(target=program, args=arguments)
         process.start()
         process.folder = folder
@@ -172,11 +169,7 @@ def test_runs_killed_at_named_and_random_moments_end_bit_for_bit_as_one_never_in
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
-    ours, theirs = checkpoint(one), checkpoint(other)
-    for content in (ours, theirs):
-        content.pop("args")  # they name the run folder
-    assert_same(ours, theirs)
-    assert (one / "replay/steps.bin").read_bytes() == (other / "replay/steps.bin").read_bytes()
+    assert_same_run(one, other)
     assert not [*one.rglob("*.tmp"), *other.rglob("*.tmp")]  # a killed process leaves some, which are written anew
     names = [sorted(path.name for path in (folder / "media").rglob("*.png")) for folder in (one, other)]
     assert names[0] == names[1]
@@ -223,7 +216,7 @@ TRAIN = {  # what is wrong -> arguments, and what the line says
     "a long name": (f"--run-dir {'x' * 300}", "File name too long"),
     "a file as folder": ("--run-dir {text}/run", "Not a directory"),
     "no permission": ("--run-dir /proc/run", "can't use the run folder"),
-    "a run is there": ("--run-dir {run}", "is another run's, or damaged"),
+    "a run is there": ("--run-dir {run}", "holds a run already"),
     "nothing to resume": ("--resume {nowhere}", "No such file"),
     "a folder without a run": ("--resume {folder}", "No such file"),
     "half a checkpoint": ("--resume {half}", "damaged"),
@@ -263,10 +256,11 @@ PLAY = {
     "no recorded episodes": ("--run-dir {bare} --episodes --steps 1", "no recorded episodes"),
     "a video of another kind": ("--run-dir {run} --video x.avi", "has to end in"),
     "a video nowhere": ("--run-dir {run} --video /proc/x.webm --steps 1", "can't write"),
+    "a long GIF": ("--run-dir {run} --video x.gif --steps 5000", "use .webm"),
     "a person in a video": ("--run-dir {run} --video x.webm --human", "--video shows the agent"),
     "an agent without its dream": ("--run-dir {run} --agent", "--agent needs --world-model"),
     "json without games": ("--run-dir {run} --json x.json", "--json needs --evaluate"),
-    "json into a folder": ("--run-dir {run} --evaluate 1 --json {folder}", "Is a directory"),
+    "json into a folder": ("--run-dir {run} --evaluate 1 --json {folder}", "and no folder"),
     "json nowhere": ("--run-dir {run} --evaluate 1 --json /proc/x.json", "can't write"),
     "no host": ("--run-dir {run} --host=", "--host is empty"),
     "a foreign host": ("--run-dir {run} --host 192.0.2.1", "can't serve at"),
@@ -356,7 +350,7 @@ def test_a_disk_that_is_full_at_any_size_is_one_line_and_loses_nothing(runner, t
 
 
 def test_a_temporary_folder_that_is_full_or_missing_does_not_matter(runner, tmp_path):
-    environment = {"TMPDIR": "/nonexistent", "TEMP": "/nonexistent", "TMP": "/nonexistent"}
+    changes = {"TMPDIR": "/nonexistent", "TEMP": "/nonexistent", "TMP": "/nonexistent"}
     arguments = [*FAST, *COUNTER, "--epochs", 2, "--run-dir", tmp_path / "run"]
-    code, _, err, _ = runner.run("iris_train.py", *arguments, environment=environment)
+    code, _, err, _ = runner.run("iris_train.py", *arguments, changes=changes)
     assert code == 0 and json.loads((tmp_path / "run/args.json").read_text())["epochs"] == 2, err

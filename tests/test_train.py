@@ -213,6 +213,24 @@ def test_reopening_at_an_earlier_length_forgets_what_came_later(tmp_path):
     assert shorter.stops.tolist() == [5, 6, 8] and (tmp_path / "replay/steps.bin").stat().st_size == 8 * STEP.itemsize
 
 
+def test_a_part_of_a_step_as_a_killed_process_may_leave_it_is_forgotten(tmp_path):
+    filled_replay(tmp_path).file.close()
+    with open(tmp_path / "replay/steps.bin", "ab") as file:
+        file.write(bytes(STEP.itemsize // 2))
+    again = reopened(tmp_path / "replay", 21)
+    assert len(again) == 21 and (tmp_path / "replay/steps.bin").stat().st_size == 21 * STEP.itemsize
+
+
+def test_a_run_whose_replay_is_gone_is_not_overwritten(run):
+    iris_train.save_checkpoint(run)
+    run.replay.file.close()
+    (run.folder / "replay/steps.bin").unlink()
+    before = (run.folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(IrisError, match="holds a run already"):
+        iris_train.build(run.args)
+    assert (run.folder / "checkpoint.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("length", [0, -1, 22, 2**70, None, "eight", 8.0])
 def test_a_damaged_length_or_a_damaged_action_leaves_the_replay_as_it_is(tmp_path, length):
     filled_replay(tmp_path).file.close()
