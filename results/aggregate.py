@@ -73,11 +73,12 @@ def aggregate(x: np.ndarray, draws: int = 2000) -> dict[str, tuple[float, float,
 
 
 def read_scores(path: Path) -> dict[str, dict[str, list[float]]]:
-    """A CSV with game, method, mean_return -> method -> game -> the scores of its runs."""
+    """A CSV with game, method, mean_return, or scores.py's game, player, mean -> method -> game -> its runs' scores."""
     scores: dict = defaultdict(lambda: defaultdict(list))
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            scores[row["method"]][row["game"]].append(float(row["mean_return"]))
+            method, score = row.get("method") or row["player"], row.get("mean_return") or row["mean"]
+            scores[method][row["game"].removesuffix("NoFrameskip-v4")].append(float(score))
     return scores
 
 
@@ -90,16 +91,6 @@ def normalise(scores: dict[str, list[float]], reference: dict) -> np.ndarray:
         (random,), (human,) = reference["random"][game], reference["human"][game]
         rows.append([(run - random) / (human - random) for run in runs])
     return np.array(rows)
-
-
-def read_ours(path: Path) -> dict[str, list[float]]:
-    """scores.py's CSV -> game, as in Breakout -> the agents' mean returns, a run each."""
-    scores = defaultdict(list)
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            if row["player"] == "iris":
-                scores[row["game"].removesuffix("NoFrameskip-v4")].append(float(row["mean"]))
-    return scores
 
 
 def draw(results: dict, tables: dict, games: dict, published: dict, ours: dict, png: Path) -> None:
@@ -151,7 +142,7 @@ def main(options: Options) -> None:
     if options.png:
         methods = {m: runs for m, runs in reference.items() if m not in ("random", "human") and len(runs) == 26}
         published = {method: normalise(runs, reference) for method, runs in methods.items()}
-        ours = read_ours(options.ours) if options.ours else {}
+        ours = read_scores(options.ours)["iris"] if options.ours else {}
         ours = {game: normalise({game: runs}, reference)[0] for game, runs in ours.items()}
         games = {method: sorted(runs_of) for method, runs_of in scores.items()}
         draw(results, tables, games, published, ours, options.png)

@@ -3,8 +3,7 @@
 It measures the project beside a plain version of the same mathematics, written below as one would write it first:
 separate products for queries, keys and values, attention as a masked softmax, a cache that grows by copying, 17 passes
 for a dreamed frame, and frames that are encoded and reconstructed whenever a sample needs them; in torch's own memory
-layout, optimisers and memory allocation. Both are held against
-what the machine reaches when it does nothing but multiply or convolve. Each measurement has a process of its own, so
+layout and optimisers. Both are held against what the machine reaches when it does nothing but multiply or convolve. Each measurement has a process of its own, so
 that memory peaks are its own, and takes the best of a few repetitions (dreams on a CPU: of one, after one to warm up).
 
 With `--tables plain`, that is all; it takes a quarter of an hour on two cores. Two more tables, `--tables phases
@@ -325,7 +324,7 @@ def measure(options: Options) -> dict:
     """One measurement, named `what/who/precision[/detail]`: seconds an item, GFLOP an item, peak memory."""
     what, who, precision, *detail = options.only.split("/")
     args = PRESETS[options.preset]
-    device, _ = choose_device(Args(device=options.device))
+    device, _ = choose_device(Args(device=options.device, precision="fp32"))  # `auto` would measure, each time
     torch.manual_seed(0)
     if what in ("phases", "sharing"):
         return (phases if what == "phases" else share)(options, device, precision, compiled=who == "compiled")
@@ -686,7 +685,7 @@ def main(options: Options) -> None:
                 figures[key] = defaultdict(lambda: math.nan)
         return figures[key]
 
-    device, bf16 = choose_device(Args(device=options.device))
+    device, bf16 = choose_device(dataclasses.replace(PRESETS[options.preset], device=options.device))
     print(f"\n{options.preset} sizes, torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'no GPU'}", flush=True)  # fmt: skip
     if "phases" in options.tables:
