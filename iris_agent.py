@@ -51,6 +51,7 @@ class ActorCriticConfig:
 
     channels: tuple[int, ...] = (32, 32, 64, 64)  # Of the convolutions; each halves height and width
     lstm_width: int = 512  # Width of the LSTM's hidden state
+    patch: int = 1  # k x k pixels become channels first, which makes small models faster [ours]
     standardize: bool = False  # Not read in this file: chapter 4 calls `fit_pixels` if it is set [ours]
 
 
@@ -63,15 +64,16 @@ class ActorCritic(nn.Module):
         # Frames enter as (frames - mean) / std: 0.5 and 0.5 give [-1, 1] [paper]; `fit_pixels` replaces them [ours].
         self.register_buffer("mean", torch.full((3, 64, 64), 0.5))
         self.register_buffer("std", torch.full((3, 64, 64), 0.5))
-        layers, channels = OrderedDict(), 3
+        layers, inputs = OrderedDict(patch=nn.PixelUnshuffle(config.patch)), (3 * config.patch**2, *config.channels)
         for i, width in enumerate(config.channels, start=1):
-            layers[f"conv{i}"] = nn.Conv2d(channels, width, kernel_size=3, padding=1)
+            layers[f"conv{i}"] = nn.Conv2d(inputs[i - 1], width, kernel_size=3, padding=1)
             layers[f"pool{i}"], layers[f"relu{i}"] = nn.MaxPool2d(2), nn.ReLU()
-            channels = width
         self.convolutions = nn.Sequential(layers)
-        self.lstm = nn.LSTMCell(channels * (64 >> len(config.channels)) ** 2, config.lstm_width)  # 64 x 4 x 4 = 1024
+        side = 64 // config.patch >> len(config.channels)
+        self.lstm = nn.LSTMCell(inputs[-1] * side**2, config.lstm_width)  # 64 x 4 x 4 = 1024 inputs
         self.actor_linear = nn.Linear(config.lstm_width, num_actions)
         self.critic_linear = nn.Linear(config.lstm_width, 1)
+        self.to(memory_format=torch.channels_last)  # for speed
 
     def initial_state(self, n: int) -> State:
         """The memory of n agents that have seen nothing."""
@@ -89,10 +91,9 @@ class ActorCritic(nn.Module):
     @torch.no_grad()
     def warm_up(self, frames: Tensor, mask: Tensor) -> State:
         """The memory after decoded frames (N, L, 3, 64, 64). Padding, mask (N, L) False, leaves it unchanged."""
-        n, length = mask.shape
-        features = self.features(frames.flatten(0, 1)).unflatten(0, (n, length))  # (N, L, 1024)
-        state = self.initial_state(n)
-        for t in range(length):
+        features = self.features(frames.flatten(0, 1)).unflatten(0, mask.shape)  # (N, L, 1024)
+        state = self.initial_state(len(mask))
+        for t in range(mask.shape[1]):
             after = self.lstm(features[:, t], state)
             state = tuple(torch.where(mask[:, t, None], new, old) for new, old in zip(after, state, strict=True))
         return state
@@ -231,8 +232,7 @@ class FadingCatch:
         return boards.repeat_interleave(8, dim=2).repeat_interleave(16, dim=3)  # (n, 3, 64, 64)
 
     def step(self, actions: Tensor, next_frame: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        self.paddle = (self.paddle + actions - 1).clamp(0, 3)
-        self.row = self.row + 1
+        self.paddle, self.row = (self.paddle + actions - 1).clamp(0, 3), self.row + 1
         ends = self.row == 7
         return self.draw(self.row), ends * (2.0 * (self.paddle == self.column) - 1), ends
 

@@ -48,15 +48,15 @@ class TokenizerConfig:
     vocab_size: int = 512  # Number of codes, V
     code_dim: int = 512  # Width of a code and of the encoder's outputs, D
     channels: tuple[int, ...] = (64, 64, 64, 64, 64)  # Width of each level, of half the resolution of the previous one
-    blocks: tuple[int, ...] = (2, 2, 2, 2, 2)  # Residual blocks of an encoder level; the decoder has one more, unless 0
+    blocks: tuple[int, ...] = (2, 2, 2, 2, 2)  # Residual blocks of an encoder level; the decoder has one more
     attention_at: tuple[int, ...] = (16, 8)  # Resolutions with attention after each block; the middle always has it
     commitment_weight: float = 1.0  # Of the commitment loss, with the perceptual loss
     pixel_commitment_weight: float = 0.02  # Of the commitment loss, with the pixel loss [Delta-IRIS]
     worst_values: int = 1  # Pixel loss: how many of a frame's 12,288 squared errors, the largest, get extra weight
     worst_weight: float = 0.01  # Pixel loss: weight of their mean [Delta-IRIS]
     revive_after: int = 50  # Codes that more batches in a row did not use are moved: see `Codebook.revive` [ours]
-    local_encoder: bool = False  # Strided convolutions alone, so that a moving object changes nearby tokens only [ours]
-    standardize: bool = False  # Not read here: a training loop is to call `fit_pixels` before its first step [ours]
+    local: bool = False  # Small models on patches of 4x4 pixels: what moves changes nearby tokens only [ours]
+    standardize: bool = False  # Pixel loss: in units of each pixel's std; needs `fit_pixels` before training [ours]
 
     @property
     def tokens_per_frame(self) -> int:
@@ -204,8 +204,7 @@ def build_decoder(config: TokenizerConfig) -> nn.Sequential:
     channels = config.channels
     layers: dict[str, nn.Module] = {"conv_in": conv3x3(config.code_dim, channels[-1])} | mid_layers(channels[-1])
     for level, (width, blocks) in reversed(list(enumerate(zip(channels, config.blocks, strict=True)))):
-        blocks = blocks + 1 if blocks else 0
-        layers |= level_blocks(f"up_{level}", blocks, width, FRAME_SIZE >> level in config.attention_at)
+        layers |= level_blocks(f"up_{level}", blocks + 1, width, FRAME_SIZE >> level in config.attention_at)
         if level > 0:
             layers[f"up_{level}_upsample"] = upsample(width, channels[level - 1])
     return nn.Sequential(OrderedDict(layers | out_layers(channels[0], 3)))
@@ -224,11 +223,11 @@ class Tokenizer(nn.Module):
         # Frames enter as (frames - mean) / std. With 0.5 and 0.5 that is [-1, 1] [paper], until `fit_pixels` [ours].
         self.register_buffer("mean", torch.full((3, FRAME_SIZE, FRAME_SIZE), 0.5))
         self.register_buffer("std", torch.full((3, FRAME_SIZE, FRAME_SIZE), 0.5))
-        self.encoder = build_local_encoder(config) if config.local_encoder else build_encoder(config)
+        encoder_and_decoder = build_local(config) if config.local else (build_encoder(config), build_decoder(config))
+        self.encoder, self.decoder = encoder_and_decoder
         self.pre_quantization = nn.Conv2d(config.code_dim, config.code_dim, kernel_size=1)
         self.codebook = Codebook(config.vocab_size, config.code_dim)
         self.post_quantization = nn.Conv2d(config.code_dim, config.code_dim, kernel_size=1)
-        self.decoder = build_decoder(config)
         self.to(memory_format=torch.channels_last)  # for speed; the weights' layout decides that of all that follows
 
     def encoder_outputs(self, frames: Tensor) -> Tensor:
@@ -258,10 +257,9 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def fit_pixels(self, frames: Tensor) -> None:
-        """Takes mean and std of each pixel from frames (N, 3, 64, 64) in [0, 1], once, before training [ours].
-
-        The mean is the static background; without it, what moves is most of what is encoded. The std scales it.
-        """
+        """Takes mean and std of each pixel from frames (N, 3, 64, 64) in [0, 1] [ours]. The mean is the background:
+        what is encoded is what differs from it, in units of the std. So is the pixel loss: where pixels rarely change,
+        an error weighs more. Otherwise the ball is lost."""
         self.mean.copy_(frames.mean(dim=0))
         self.std.copy_(frames.std(dim=0, correction=0) + 0.025)  # a pixel that never changes is scaled by 40
 
@@ -276,7 +274,8 @@ class Tokenizer(nn.Module):
         decoded = self.decoder_outputs(codes)
         if lpips:
             return losses | paper_loss(decoded, frames, lpips)
-        return losses | pixel_loss(decoded, frames, c.worst_values, c.worst_weight)
+        errors = (decoded - frames) / (self.std if c.standardize else 1.0)
+        return losses | pixel_loss(errors, c.worst_values, c.worst_weight)
 
 
 def paper_loss(decoded: Tensor, frames: Tensor, lpips: "Lpips") -> dict[str, Tensor]:
@@ -285,14 +284,13 @@ def paper_loss(decoded: Tensor, frames: Tensor, lpips: "Lpips") -> dict[str, Ten
     return {"reconstruction": F.l1_loss(x, y), "perceptual": lpips(x, y).mean()}
 
 
-def pixel_loss(decoded: Tensor, frames: Tensor, worst_values: int, worst_weight: float) -> dict[str, Tensor]:
-    """0.1 mean |d| + mean d^2 + worst_weight * mean of a frame's `worst_values` largest d^2; d = decoded - frames.
+def pixel_loss(errors: Tensor, worst_values: int, worst_weight: float) -> dict[str, Tensor]:
+    """Errors d (N, 3, 64, 64) -> 0.1 mean |d| + mean d^2 + worst_weight * mean of a frame's worst_values largest d^2.
 
     [Delta-IRIS]. A game's ball is 4 of 4,096 pixels: it hardly changes a mean, but its errors are among the largest.
     """
-    d = decoded - frames
-    worst = d.square().flatten(1).topk(worst_values, dim=1).values.mean()
-    return {"reconstruction": 0.1 * d.abs().mean() + d.square().mean() + worst_weight * worst}
+    worst = errors.square().flatten(1).topk(worst_values, dim=1).values.mean()
+    return {"reconstruction": 0.1 * errors.abs().mean() + errors.square().mean() + worst_weight * worst}
 
 
 # --- LPIPS, the perceptual loss (Zhang et al., arXiv 1801.03924): images are alike if VGG16's features of them are ----
@@ -361,23 +359,26 @@ def load_lpips() -> Lpips:
         socket.setdefaulttimeout(timeout)
 
 
-# --- The encoder of small models [ours] -------------------------------------------------------------------------------
-def build_local_encoder(config: TokenizerConfig) -> nn.Sequential:
-    """(N, 3, 64, 64) -> (N, D, 4, 4) through one strided convolution a level: no norm, no attention, no blocks.
+# --- Encoder and decoder of small models [ours] -----------------------------------------------------------------------
+def build_local(config: TokenizerConfig) -> tuple[nn.Sequential, nn.Sequential]:
+    """The same shapes from fewer layers, on patches of 4x4 pixels, as wide as the last level.
 
-    In the published encoder, norms and attention let a moving ball change all 16 tokens. Here it changes those nearby,
-    which small world models, as in the lessons, learn to predict sooner.
+    In the published encoder 3x3 convolutions, norms and attention let a moving ball change all 16 tokens. Here a vector
+    depends on its own 16x16 pixels only, and the other tokens stay: a small world model learns that sooner.
     """
-    layers: list[nn.Module] = [conv3x3(3, config.channels[0]), nn.SiLU()]
-    for channels_in, channels_out in zip(config.channels, config.channels[1:]):
-        layers += [downsample(channels_in, channels_out), nn.SiLU()]
-    return nn.Sequential(*layers, nn.Conv2d(config.channels[-1], config.code_dim, kernel_size=1))
+    width = config.channels[-1]
+    encoder = [nn.PixelUnshuffle(4), nn.Conv2d(48, width, kernel_size=1), nn.SiLU()]
+    decoder = [conv3x3(config.code_dim, width)]
+    for _ in config.channels[3:]:  # from 16x16 positions to 4x4, and back
+        encoder += [nn.Conv2d(width, width, kernel_size=2, stride=2), nn.SiLU()]
+        decoder += [ResidualBlock(width), upsample(width, width)]
+    encoder.append(nn.Conv2d(width, config.code_dim, kernel_size=1))
+    return nn.Sequential(*encoder), nn.Sequential(*decoder, nn.SiLU(), conv3x3(width, 48), nn.PixelShuffle(4))
 
 
 # --- The lesson: python iris_tokenizer.py trains a small tokenizer on the game of Catch -------------------------------
 SMALL_TOKENIZER = TokenizerConfig(
-    vocab_size=64, code_dim=32, channels=(16, 32, 32, 64, 64), blocks=(0, 0, 0, 0, 1), attention_at=(),
-    local_encoder=True, standardize=True,
+    vocab_size=64, code_dim=32, local=True, standardize=True, pixel_commitment_weight=0.25, worst_weight=0.001
 )  # fmt: skip
 
 

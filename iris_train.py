@@ -83,7 +83,8 @@ class Args:
     draw: Literal["episodes", "steps"] = "episodes"  # What the replay draws uniformly: episodes [paper] or steps
 
     tokenizer_from: int = 6  # First epoch that trains the tokenizer
-    tokenizer_until: int = 0  # [ours] Last epoch that trains it, at a falling rate; 0: it is trained to the end
+    tokenizer_until: int = 0  # [ours] Epoch until which its learning rate falls to a tenth; 0: it does not fall
+    tokenizer_every: int = 1  # [ours] After that epoch, it is trained in every so many only
     tokenizer_steps: int = 200  # Optimiser steps an epoch
     tokenizer_batch_size: int = 256  # Frames a step
     tokenizer_learning_rate: float = 1e-4  # Learning rate of Adam
@@ -101,6 +102,7 @@ class Args:
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.95  # Lambda of the lambda-returns
     entropy_weight: float = 0.001  # Weight of the entropy bonus
     after_end: bool = True  # Count the dreamed steps after an imagined end in the loss [paper, its code]
+    decay_epochs: int = 0  # [ours] Last epochs of the run, in which all learning rates fall
     max_grad_norm: float = 10.0  # Gradient norm at which gradients are clipped, for each model
     accumulate: int = 1  # Parts that each batch is split into, to save memory
 
@@ -115,27 +117,25 @@ class Args:
     actor_critic: ActorCriticConfig = field(default_factory=ActorCriticConfig)
 
 
-# [ours] Hours on a CPU. Few convolutions at 64x64 pixels, which cost the most; context and horizon are the paper's.
+# [ours] An hour on a CPU. Small models on patches of pixels; context and horizon are the paper's.
 LAPTOP = Args(
-    preset="laptop", epochs=60, collect_epochs=50, collect_steps=2000, max_frames=10_000, draw="steps",
-    tokenizer_from=3, tokenizer_until=14, tokenizer_steps=500, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
-    world_model_from=13, world_model_steps=1000, world_model_batch_size=4, world_model_learning_rate=5e-4,
-    actor_critic_from=18, actor_critic_steps=100, actor_critic_batch_size=16, actor_critic_learning_rate=1e-3,
-    burn_in=10, entropy_weight=0.003, gamma=0.99, after_end=False,
-    eval_every=10, test_episodes=8, test_max_frames=10_000,
-    tokenizer=replace(SMALL_TOKENIZER, vocab_size=512, code_dim=64, blocks=(0, 0, 0, 1, 1), worst_values=12,
-                      worst_weight=0.1),
-    world_model=WorldModelConfig(layers=2, width=128, dropout=0.0),
-    actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=256, standardize=True),
+    preset="laptop", epochs=50, collect_epochs=50, collect_steps=2000, max_frames=10_000, test_max_frames=10_000,
+    tokenizer_from=3, tokenizer_until=12, tokenizer_every=9, tokenizer_steps=500, tokenizer_batch_size=16,
+    world_model_from=11, world_model_steps=600, world_model_batch_size=8, tokenizer_learning_rate=1e-3,
+    actor_critic_from=15, actor_critic_steps=60, actor_critic_batch_size=32, world_model_learning_rate=1e-3,
+    burn_in=10, entropy_weight=0.003, gamma=0.99, after_end=False, decay_epochs=15, actor_critic_learning_rate=1e-3,
+    tokenizer=replace(SMALL_TOKENIZER, vocab_size=512, code_dim=64, worst_values=12), test_episodes=8, eval_every=10,
+    world_model=WorldModelConfig(max_blocks=10, layers=2, heads=2, width=128, dropout=0.0, init_std=0.06),
+    actor_critic=ActorCriticConfig(channels=(16, 32, 32), lstm_width=256, patch=2, standardize=True), draw="steps",
 )  # fmt: skip
-# [ours] The whole algorithm on the game of tests/catch.py, in about a quarter of an hour on a CPU.
+# [ours] The whole algorithm on the game of tests/catch.py, in minutes on a CPU. Its tokenizer is frozen after epoch 14.
 CATCH = replace(
     LAPTOP, preset="catch", env_id="tests.catch:Catch-v0", epochs=28, collect_epochs=28, collect_steps=200,
-    draw="episodes", tokenizer_steps=100, world_model_from=9, world_model_steps=200, world_model_batch_size=32,
-    actor_critic_from=13, actor_critic_steps=50, actor_critic_batch_size=64, world_model_learning_rate=1e-3,
-    horizon=8, burn_in=2, entropy_weight=0.02, eval_every=5, test_episodes=40, test_envs=40, tokenizer=SMALL_TOKENIZER,
-    world_model=WorldModelConfig(max_blocks=4, layers=2, width=128, dropout=0.0),
-    actor_critic=ActorCriticConfig(channels=(16, 16, 32, 32), lstm_width=128, standardize=True),
+    draw="episodes", tokenizer_until=14, tokenizer_every=1000, tokenizer_steps=100, tokenizer=SMALL_TOKENIZER,
+    world_model_from=9, world_model_steps=200, world_model_batch_size=32, actor_critic_from=13, actor_critic_steps=50,
+    actor_critic_batch_size=64, horizon=8, burn_in=2, entropy_weight=0.02, decay_epochs=0, eval_every=5,
+    test_episodes=40, test_envs=40, world_model=replace(LAPTOP.world_model, max_blocks=4),
+    actor_critic=replace(LAPTOP.actor_critic, lstm_width=128),
 )  # fmt: skip
 PRESETS = {"paper": Args(), "laptop": LAPTOP, "catch": CATCH}
 
@@ -234,7 +234,7 @@ def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_los
 # --- Replay -----------------------------------------------------------------------------------------------------------
 # Frame, action, reward as the game gave it, and 1 where the episode ended with it: a life, a game, or the time limit
 STEP = np.dtype([("frames", "u1", FRAME_SPACE.shape), ("actions", "<i8"), ("rewards", "<f4"), ("ends", "u1")])
-FORMAT = 1  # of replays and checkpoints; changes when those of earlier versions can't be read any more
+FORMAT = 2  # of replays and checkpoints; changes when those of earlier versions can't be read any more
 
 
 class Steps:
@@ -348,7 +348,8 @@ def train(run: Run) -> None:
         if run.epoch <= args.collect_epochs:
             collect(run)
 
-        if args.tokenizer_from <= run.epoch <= (args.tokenizer_until or args.epochs):
+        due = run.epoch <= args.tokenizer_until or run.epoch % args.tokenizer_every == 0
+        if run.epoch >= args.tokenizer_from and due:
             fit_pixels(run, agent.tokenizer)
             optimise(run, "tokenizer", tokenizer_losses)
             run.tokens = None  # those in `run.tokens` are another tokenizer's
@@ -382,8 +383,7 @@ def tokenizer_losses(run: Run, n: int) -> tuple[dict, dict]:
 def world_model_losses(run: Run, n: int) -> tuple[dict, dict]:
     """Losses and metrics on n sequences of L = max_blocks steps."""
     indices, columns = sample_sequences(run, run.replay, run.rng, n)
-    tokens = run.tokens[torch.from_numpy(indices).to(run.device)]  # (n, L, K)
-    return run.agent.world_model.loss(tokens, *columns), {}
+    return run.agent.world_model.loss(run.tokens[torch.from_numpy(indices).to(run.device)], *columns), {}
 
 
 def actor_critic_losses(run: Run, n: int) -> tuple[dict, dict]:
@@ -414,8 +414,9 @@ def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, di
     once, so that no step waits for a GPU. Raises IrisError for a loss or a gradient norm that was not finite."""
     args, model, optimizer = run.args, getattr(run.agent, name), run.optimizers[name]
     steps, batch_size, rate = (getattr(args, f"{name}_{what}") for what in ("steps", "batch_size", "learning_rate"))
-    if name == "tokenizer" and args.tokenizer_until:  # [ours] falls over the second half of its epochs
-        rate *= min(1.0, 2 * (args.tokenizer_until + 1 - run.epoch) / (args.tokenizer_until + 1 - args.tokenizer_from))
+    if name == "tokenizer" and (until := args.tokenizer_until):  # [ours] falls over the second half of these epochs
+        rate *= min(1.0, max(0.1, 2 * (until + 1 - run.epoch) / (until + 1 - args.tokenizer_from)))
+    rate *= min(1.0, (args.epochs + 1 - run.epoch) / (args.decay_epochs + 1))
     for group in optimizer.param_groups:
         group["lr"] = rate
     sizes = [len(part) for part in np.array_split(np.arange(batch_size), min(batch_size, args.accumulate))]
@@ -443,9 +444,9 @@ def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, di
 
 
 def fit_pixels(run: Run, model: Tokenizer | ActorCritic) -> None:
-    """Sets a model's pixel statistics once, before its first training, if it is to `standardize` frames [ours]."""
-    if model.config.standardize and (model.std == 0.5).all():
-        indices = run.replay.sample(run.rng, min(1024, len(run.replay)), range(1), run.args.draw)[0][:, 0]
+    """Sets the pixel statistics of a model that is to `standardize` frames [ours]; the actor-critic's only once."""
+    if model.config.standardize and (model is run.agent.tokenizer or (model.std == 0.5).all()):
+        indices = run.replay.sample(run.rng, min(4096, len(run.replay)), range(1), run.args.draw)[0][:, 0]
         model.fit_pixels(run.replay.frames_at(indices, run.device))
 
 
@@ -486,11 +487,10 @@ def collect(run: Run) -> None:
             seen = to_model(torch.from_numpy(run.frame)[None].to(device))
             actions, state = agent.act(seen, state, args.collect_temperature)
         if hold == 0:  # else the last `action` is held (temporally extended exploration, arXiv 2006.01782)
-            action, hold = int(actions), 1
+            action = int(actions)
             if run.rng.random() < args.collect_epsilon:
                 action = int(run.rng.integers(run.env.action_space.n))
-            if args.collect_hold > 1 and not trained:
-                hold = min(int(run.rng.zipf(2.0)), args.collect_hold)
+            hold = 1 if trained else min(int(run.rng.zipf(2.0)), args.collect_hold)
         hold -= 1
         frame, reward, terminated, truncated, info = run.env.step(action)
         steps.append((run.frame, action, reward, terminated or truncated))
@@ -686,8 +686,8 @@ def build_agent(args: Args, num_actions: int) -> Agent:
     try:
         if args.tokenizer.tokens_per_frame != args.world_model.tokens_per_frame:
             raise ValueError(f"--world-model.tokens-per-frame is not the tokenizer's {args.tokenizer.tokens_per_frame}")
-        if len(args.actor_critic.channels) > 6:
-            raise ValueError("each convolution of the actor-critic halves the frame, so there are 6 at most")
+        if 64 % (patch := args.actor_critic.patch) or 64 // patch >> len(args.actor_critic.channels) < 1:
+            raise ValueError(f"--actor-critic.patch {patch}: its convolutions have to halve 64 / {patch} pixels each")
         tokenizer = Tokenizer(args.tokenizer)
         if "nchw" in args.precision:
             tokenizer.to(memory_format=torch.contiguous_format)
@@ -738,10 +738,11 @@ def parse_args(argv: list[str]) -> Args:
 
 
 RANGES = {  # the least and the greatest value of a number, or of each in a tuple; by name, or else by kind
-    "whole numbers": (1, 10**9), "other numbers": (0, sys.float_info.max), "dropout": (0, 0.99),
-    "seed": (0, 2**63 - 1), "collect_epsilon": (0, 1), "tokenizer_until": (0, 10**9), "horizon": (2, 10**9),
-    "burn_in": (0, 10**9), "gamma": (0, 1), "lambda_": (0, 1), "max_grad_norm": (1e-9, 1e9), "eval_every": (0, 10**9),
-    "test_envs": (1, 999), "blocks": (0, 99), "worst_values": (1, 12_288), "max_blocks": (2, 10**9), "layers": (1, 999),
+    "whole numbers": (1, 10**9), "other numbers": (0, sys.float_info.max), "dropout": (0, 0.99), "layers": (1, 999),
+    "seed": (0, 2**63 - 1), "collect_epsilon": (0, 1), "tokenizer_until": (0, 10**9), "worst_values": (1, 12_288),
+    "horizon": (2, 10**9), "burn_in": (0, 10**9), "gamma": (0, 1), "lambda_": (0, 1), "max_grad_norm": (1e-9, 1e9),
+    "decay_epochs": (0, 10**9), "test_envs": (1, 999), "blocks": (0, 99), "patch": (1, 64), "max_blocks": (2, 10**9),
+    "eval_every": (0, 10**9),
 }  # fmt: skip
 
 
@@ -776,8 +777,7 @@ def choose_device(args: Args) -> tuple[torch.device, bool]:
     """The device of --device, and whether --precision, which is settled, is bfloat16. Raises IrisError without one."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=(device := torch.device(name))).item()
     except (RuntimeError, AssertionError) as error:
         raise IrisError(f"--device {name} is not available here: leave it out, or use --device cpu") from error
     if args.precision == "auto":

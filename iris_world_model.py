@@ -53,6 +53,7 @@ class WorldModelConfig:
     heads: int = 4  # Attention heads, which share the width
     width: int = 256  # Width of embeddings and hidden states, C
     dropout: float = 0.1  # Of embeddings, attention weights and residual branches, in training mode
+    init_std: float = 0.02  # Of linear layers' initial weights; with more, small widths learn sooner [ours]
 
     @property
     def block_size(self) -> int:
@@ -95,9 +96,7 @@ class Layer(nn.Module):
         self.ln1 = nn.LayerNorm(config.width)
         self.attn = Attention(config)
         self.ln2 = nn.LayerNorm(config.width)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.width, 4 * config.width), nn.GELU(), nn.Linear(4 * config.width, config.width)
-        )
+        self.mlp = nn.Sequential(nn.Linear(c := config.width, 4 * c), nn.GELU(), nn.Linear(4 * c, c))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: Tensor | None, positions: Tensor, mask: Tensor | None) -> Tensor:
@@ -133,9 +132,10 @@ class WorldModel(nn.Module):
             for outputs in (vocab_size, 3, 2)
         )
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=config.init_std)
                 nn.init.zeros_(module.bias)
         positions = torch.arange(config.max_tokens)
         is_action = positions % config.block_size == config.tokens_per_frame

@@ -60,14 +60,10 @@ PUBLISHED = (  # our name -> the published one, as regular expressions, one afte
 
 
 def published_weights(agent: Agent) -> dict[str, Tensor]:
-    """The agent's weights under their published names, apart where we stack what is published apart. A local encoder,
-    which is not the paper's, has the names of those of the published one's layers that it has."""
-    vocab_size, levels = agent.tokenizer.config.vocab_size, len(agent.tokenizer.config.channels)
-    local = ["conv_in", *(f"down_{i}_downsample" for i in range(levels - 1)), "conv_out"]  # every other layer is a SiLU
-    weights = {}
+    """The agent's weights under their published names, apart where we stack what is published apart. Layers of a local
+    tokenizer, which is not the paper's, keep their names."""
+    vocab_size, weights = agent.tokenizer.config.vocab_size, {}
     for name, weight in agent.named_parameters():
-        if agent.tokenizer.config.local_encoder:
-            name = re.sub(r"encoder\.(\d+)", lambda match: f"encoder.{local[int(match[1]) // 2]}", name)
         for pattern, theirs in PUBLISHED:
             name = re.sub(pattern, theirs, name)
         if name == "world_model.embedding.weight":
@@ -127,14 +123,19 @@ class Plain:
     def vectors(self, frames: Tensor) -> Tensor:
         """(N, 3, 64, 64) -> (N * K, D) float32."""
         name, x = "tokenizer.encoder", (frames - self.mean) / self.std
-        x, local = self.conv(f"{name}.conv_in", x, padding=1), self.tokenizer.local_encoder
-        for level, blocks in enumerate(self.tokenizer.blocks):
-            x = F.silu(x) if local else self.level(f"{name}.down", level, blocks, x)
-            if level + 1 < len(self.tokenizer.blocks):
-                x = self.conv(f"{name}.down.{level}.downsample.conv", F.pad(x, (0, 1, 0, 1)), stride=2)
-        if not local:
+        if self.tokenizer.local:
+            x = F.silu(self.conv(f"{name}.1", F.pixel_unshuffle(x, 4)))
+            for i in (3, 5):
+                x = F.silu(self.conv(f"{name}.{i}", x, stride=2))
+            x = self.conv(f"{name}.7", x)
+        else:
+            x = self.conv(f"{name}.conv_in", x, padding=1)
+            for level, blocks in enumerate(self.tokenizer.blocks):
+                x = self.level(f"{name}.down", level, blocks, x)
+                if level + 1 < len(self.tokenizer.blocks):
+                    x = self.conv(f"{name}.down.{level}.downsample.conv", F.pad(x, (0, 1, 0, 1)), stride=2)
             x = F.silu(self.norm(f"{name}.norm_out", self.middle(name, x)))
-        x = self.conv(f"{name}.conv_out", x, padding=0 if local else 1)
+            x = self.conv(f"{name}.conv_out", x, padding=1)
         return self.conv("tokenizer.pre_quant_conv", x).permute(0, 2, 3, 1).flatten(0, 2).float()
 
     def nearest(self, vectors: Tensor) -> Tensor:
@@ -147,13 +148,21 @@ class Plain:
         """(N * K, D) -> (N, 3, 64, 64), about in [0, 1]."""
         name, side = "tokenizer.decoder", math.isqrt(self.tokenizer.tokens_per_frame)
         x = codes.unflatten(0, (-1, side, side)).permute(0, 3, 1, 2).contiguous()
-        x = self.middle(name, self.conv(f"{name}.conv_in", self.conv("tokenizer.post_quant_conv", x), padding=1))
-        for level, blocks in reversed(list(enumerate(self.tokenizer.blocks))):
-            x = self.level(f"{name}.up", level, blocks + 1 if blocks else 0, x)
-            if level > 0:
-                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-                x = self.conv(f"{name}.up.{level}.upsample.conv", x, padding=1)
-        x = self.conv(f"{name}.conv_out", F.silu(self.norm(f"{name}.norm_out", x)), padding=1)
+        x = self.conv("tokenizer.post_quant_conv", x)
+        if self.tokenizer.local:
+            x = self.conv(f"{name}.0", x, padding=1)
+            for i in (1, 3):
+                x = F.interpolate(self.block(f"{name}.{i}", x), scale_factor=2.0, mode="nearest")
+                x = self.conv(f"{name}.{i + 1}.conv", x, padding=1)
+            x = F.pixel_shuffle(self.conv(f"{name}.6", F.silu(x), padding=1), 4)
+        else:
+            x = self.middle(name, self.conv(f"{name}.conv_in", x, padding=1))
+            for level, blocks in reversed(list(enumerate(self.tokenizer.blocks))):
+                x = self.level(f"{name}.up", level, blocks + 1, x)
+                if level > 0:
+                    x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+                    x = self.conv(f"{name}.up.{level}.upsample.conv", x, padding=1)
+            x = self.conv(f"{name}.conv_out", F.silu(self.norm(f"{name}.norm_out", x)), padding=1)
         return x.float() * self.std + self.mean
 
     @torch.no_grad()
@@ -168,6 +177,7 @@ class Plain:
         vectors = self.vectors(frames)
         codes = self.weights["tokenizer.embedding.weight"][self.nearest(vectors.detach())]
         error = self.reconstructions(vectors + (codes - vectors).detach()) - frames
+        error = error / self.std if self.tokenizer.standardize else error
         worst = error.square().flatten(1).sort(dim=1).values[:, -self.tokenizer.worst_values :].mean()
         pixel = 0.1 * error.abs().mean() + error.square().mean() + self.tokenizer.worst_weight * worst
         commitment = F.mse_loss(vectors, codes.detach())

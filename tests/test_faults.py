@@ -193,7 +193,8 @@ NUMBERS = """
     --eval-every -1; --test-episodes 0; --test-envs 0; --test-envs 5000; --test-temperature -1; --test-max-frames 0;
     --tokenizer.vocab-size 0; --tokenizer.vocab-size 100000000000; --tokenizer.code-dim 0; --tokenizer.channels;
     --tokenizer.channels 8 8 8 8; --tokenizer.channels 8 0 8 8 8; --tokenizer.channels 48 48 48 48 48;
-    --tokenizer.blocks 1 1; --tokenizer.blocks 0 -1 0 0 0; --tokenizer.commitment-weight nan;
+    --tokenizer.no-local --tokenizer.blocks 1 1; --actor-critic.patch 3; --actor-critic.patch 16;
+    --tokenizer.blocks 0 -1 0 0 0; --tokenizer.commitment-weight nan;
     --tokenizer.pixel-commitment-weight -1; --tokenizer.worst-values 0; --tokenizer.worst-values 12289;
     --tokenizer.revive-after 0; --world-model.tokens-per-frame 15; --world-model.max-blocks 1; --world-model.layers 0;
     --world-model.layers -1; --world-model.layers 1000000; --world-model.heads 0; --world-model.heads 3;

@@ -72,7 +72,7 @@ def test_encode_takes_the_nearest_code_of_all():
 
 
 def test_a_local_encoder_changes_no_token_but_those_around_what_changes():
-    tokenizer = small(channels=(8,) * 5, blocks=(0,) * 5, attention_at=(), local_encoder=True).eval()
+    tokenizer = small(channels=(8,) * 5, local=True).eval()
     frames = torch.rand(1, 3, 64, 64).repeat(2, 1, 1, 1)
     frames[1, :, 38:42, 54:58] = 1.0  # inside the patch of row 2 and column 3, of 4 x 4
     with torch.no_grad():
@@ -145,14 +145,17 @@ def test_codebook_term_moves_codes_only_and_commitment_moves_vectors_only():
         assert {name.split(".")[0] for name in with_gradient} == moved
 
 
+@pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("worst", [{}, {"worst_values": 12, "worst_weight": 0.1}])
-def test_pixel_loss_is_the_published_sum_or_as_told_of_more_worst_values(worst):
-    tokenizer = small(**worst)
+def test_pixel_loss_is_the_published_sum_or_as_told_of_more_worst_values_and_in_units_of_each_pixel(worst, standardize):
+    tokenizer = small(**worst, standardize=standardize)
     frames = torch.rand(3, 3, 64, 64)
+    tokenizer.fit_pixels(frames * 0.1)
     with torch.no_grad():
         losses = tokenizer.loss(frames)
         codes = tokenizer.codebook.weight[tokenizer.encode(frames)]
         error = (tokenizer.decoder_outputs(codes) - frames).numpy()
+        error = error / ((frames * 0.1).numpy().std(axis=0) + 0.025) if standardize else error
         distance = float((tokenizer.encoder_outputs(frames) - codes).square().mean())
     n, weight = worst.values() or (1, 0.01)
     largest = np.mean([sorted(np.square(image).ravel())[-n:] for image in error])

@@ -20,7 +20,7 @@ FAST = [
     "--horizon", "3", "--burn-in", "2", "--eval-every", "2", "--test-episodes", "2", "--test-envs", "2",
     "--world-model.max-blocks", "4", "--world-model.layers", "1", "--world-model.width", "32",
     "--tokenizer.channels", "8", "8", "8", "8", "8", "--tokenizer.blocks", "0", "0", "0", "0", "1",
-    "--test-max-frames", "400",
+    "--test-max-frames", "400", "--tokenizer-every", "1000", "--decay-epochs", "0",
 ]  # fmt: skip
 
 
@@ -330,7 +330,7 @@ def test_each_epoch_runs_the_phases_that_are_due_in_their_order_and_saves_them(r
         assert [name for when, name in ran if when == epoch] == [*phases, "log", "save_checkpoint"], epoch
 
     ran.clear()  # as after a resume: the last epoch is complete; then two more are asked for, of all phases
-    run.args.tokenizer_until = run.args.eval_every = 0
+    run.args.tokenizer_until, run.args.eval_every, run.args.tokenizer_every = 0, 0, 1
     iris_train.train(run)
     assert ran == []
     run.args.epochs = 8
@@ -455,6 +455,9 @@ def test_tokens_are_forgotten_when_the_tokenizer_is_trained_and_kept_while_it_re
     run.args.epochs, run.args.eval_every, run.args.tokenizer_until = 4, 0, 2
     iris_train.train(run)
     assert kept == [False, False, True, True]
+    run.args.epochs, run.args.tokenizer_every, run.args.tokenizer_until = 8, 3, 1
+    iris_train.train(run)
+    assert kept[4:] == [True, False, True, True]  # in epoch 6 it is trained again
 
 
 def test_frames_that_warm_up_a_memory_are_what_the_decoder_makes_of_the_replays_tokens(run, monkeypatch):
@@ -471,20 +474,21 @@ def test_frames_that_warm_up_a_memory_are_what_the_decoder_makes_of_the_replays_
     assert (seen[0] - decoded[indices[:, :-1]]).abs().max() <= 0.5 / 255 + 1e-6  # 8 bits a pixel
 
 
-def test_statistics_of_pixels_are_taken_before_the_first_training_and_then_kept(run):
-    models, frames = (run.agent.tokenizer, run.agent.actor_critic), []
-    iris_train.collect(run)
+def test_statistics_of_pixels_are_the_replays_the_tokenizers_renewed_and_the_policys_kept(run, monkeypatch):
+    models, statistics = (run.agent.tokenizer, run.agent.actor_critic), []
     assert all((model.mean == 0.5).all() and (model.std == 0.5).all() for model in models)
-    for _ in range(2):
-        for model in models:
-            iris_train.fit_pixels(run, model)
-        frames.append([torch.cat([model.mean, model.std]).clone() for model in models])
-        iris_train.collect(run)
-    assert all((first != 0.5).any() and torch.equal(first, second) for first, second in zip(*frames, strict=True))
+    run.args.epochs, run.args.eval_every, run.args.tokenizer_every, run.args.draw = 2, 0, 1, "steps"
+    log = iris_train.log
+    kept = lambda run, seconds: statistics.append([model.mean.clone() for model in models]) or log(run, seconds)  # noqa: E731
+    monkeypatch.setattr(iris_train, "log", kept)
+    iris_train.train(run)
+    mean = torch.from_numpy(run.replay.frames / 255).mean(dim=0).permute(2, 0, 1)
+    assert (models[0].mean - mean).abs().max() < 0.2 and (models[0].mean != 0.5).any()  # of as many draws as steps
+    (tokenizer_1, policy_1), (tokenizer_2, policy_2) = statistics
+    assert torch.equal(policy_1, policy_2) and not torch.equal(tokenizer_1, tokenizer_2)
     run.agent.tokenizer.config.standardize = False
-    run.agent.tokenizer.std.fill_(0.5)
     iris_train.fit_pixels(run, run.agent.tokenizer)
-    assert (run.agent.tokenizer.std == 0.5).all()
+    assert torch.equal(models[0].mean, tokenizer_2)
 
 
 def test_each_phase_trains_its_own_model_only(run):
@@ -579,10 +583,23 @@ def test_the_learning_rate_of_a_tokenizer_with_a_last_epoch_falls_towards_it(run
 
     args = run.args
     args.tokenizer_from, args.tokenizer_until, args.tokenizer_learning_rate, args.world_model_learning_rate = 3, 6, 1.0, 0.5
-    assert list(rates("tokenizer", (3, 4, 5, 6))) == [1, 1, 1, 0.5]
+    args.epochs, args.decay_epochs = 600, 0
+    assert list(rates("tokenizer", (3, 4, 5, 6, 7, 60))) == [1, 1, 1, 0.5, 0.1, 0.1]
     assert list(rates("world_model", (3, 6))) == [0.5, 0.5]
     args.tokenizer_until = 0
     assert list(rates("tokenizer", (3, 600))) == [1, 1]
+
+
+def test_all_learning_rates_fall_in_as_many_last_epochs_as_told(run):
+    args = run.args
+    args.epochs, args.decay_epochs, args.tokenizer_until = 10, 3, 0
+    for name in ("tokenizer", "world_model", "actor_critic"):
+        setattr(args, f"{name}_learning_rate", 1.0)
+        weight, rates = next(getattr(run.agent, name).parameters()), []
+        for run.epoch in (6, 7, 8, 9, 10):
+            iris_train.optimise(run, name, lambda run, n: ({"nothing": weight.sum() * 0}, {}))  # noqa: B023
+            rates.append(run.metrics[f"charts/{name}_learning_rate"])
+        assert rates == [1, 1, 0.75, 0.5, 0.25]
 
 
 def test_tokens_of_a_tokenizer_that_rests_are_kept_in_parts_that_a_resumed_run_would_encode_alike(run, monkeypatch):
@@ -739,7 +756,7 @@ def test_auto_is_the_precision_in_which_a_step_takes_least_time(monkeypatch, fas
     clock, settings, loss = [0.0], [], iris_train.Tokenizer.loss
 
     def timed_loss(tokenizer, frames):
-        bf16, layout = torch.is_autocast_enabled("cpu"), tokenizer.encoder[0].weight.is_contiguous()
+        bf16, layout = torch.is_autocast_enabled("cpu"), tokenizer.encoder[3].weight.is_contiguous()
         settings.append(("bf16" if bf16 else "fp32") + "-nchw" * layout)
         clock[0] += 1 if settings[-1] == fast else 2
         return loss(tokenizer, frames)
@@ -769,12 +786,12 @@ def test_a_run_keeps_the_precision_it_began_with_and_draws_the_same_numbers_howe
     assert runs[0]["args"]["precision"] == json.loads((tmp_path / "a/args.json").read_text())["precision"] == "fp32-nchw"
     monkeypatch.setattr(iris_train, "fastest_precision", lambda args: pytest.fail("measured again"))
     again = iris_train.build(parse_args(["--resume", str(tmp_path / "a"), "--epochs", "2"]))
-    assert again.args.precision == "fp32-nchw" and again.agent.tokenizer.encoder[0].weight.is_contiguous()
+    assert again.args.precision == "fp32-nchw" and again.agent.tokenizer.encoder[3].weight.is_contiguous()
 
 
 def test_explicit_flags_override_a_preset_wherever_they_stand():
     laptop = parse_args(["--preset", "laptop"])
-    assert laptop.epochs < 600 and laptop.tokenizer.channels != Args().tokenizer.channels
+    assert laptop.epochs < 600 and laptop.tokenizer.local and not Args().tokenizer.local
     for argv in (["--epochs", "7", "--preset", "laptop"], ["--preset=laptop", "--epochs=7"]):
         assert parse_args(argv) == Args(**{**vars(laptop), "epochs": 7})
 
@@ -910,7 +927,8 @@ def test_what_a_run_has_already_may_be_said_again_on_resume(run):
     """--noop-max 0; --collect-steps 0; --collect-epochs 0; --test-episodes 0; --test-envs 0; --horizon 1; --burn-in -1;
     --accumulate 0; --seed -1; --max-grad-norm -1; --tokenizer-learning-rate nan; --actor-critic-batch-size 0;
     --world-model.max-blocks 1; --world-model.heads 3; --world-model.heads 0; --world-model.dropout 2;
-    --tokenizer.blocks 1 1; --tokenizer.channels 48 48 48 48 48; --tokenizer.vocab-size 0; --tokenizer.channels 8 8 8 8;
+    --tokenizer.no-local --tokenizer.blocks 1 1; --actor-critic.patch 3; --actor-critic.patch 16;
+    --tokenizer.channels 48 48 48 48 48; --tokenizer.vocab-size 0; --tokenizer.channels 8 8 8 8;
     --actor-critic.channels 8 8 8 8 8 8 8; --tokenizer.worst-values 0; --seed 99999999999999999999999;
     --tokenizer.channels; --actor-critic.channels; --tokenizer.code-dim 0; --tokenizer.channels 8 0 8 8 8;
     --world-model.layers -1; --world-model.layers 0; --world-model.width 0; --tokenizer.blocks 0 -1 0 0 0;
