@@ -83,8 +83,7 @@ class Args:
     draw: Literal["episodes", "steps"] = "episodes"  # What the replay draws uniformly: episodes [paper] or steps
 
     tokenizer_from: int = 6  # First epoch that trains the tokenizer
-    tokenizer_until: int = 0  # [ours] Epoch until which its learning rate falls to a tenth; 0: it does not fall
-    tokenizer_every: int = 1  # [ours] After that epoch, it is trained in every so many only
+    tokenizer_until: int = 0  # [ours] Last epoch that trains it, at a falling rate; 0: it is trained to the end
     tokenizer_steps: int = 200  # Optimiser steps an epoch
     tokenizer_batch_size: int = 256  # Frames a step
     tokenizer_learning_rate: float = 1e-4  # Learning rate of Adam
@@ -120,9 +119,9 @@ class Args:
 # [ours] An hour on a CPU. Small models on patches of pixels; context and horizon are the paper's.
 LAPTOP = Args(
     preset="laptop", epochs=50, collect_epochs=50, collect_steps=2000, max_frames=10_000, test_max_frames=10_000,
-    tokenizer_from=3, tokenizer_until=12, tokenizer_every=9, tokenizer_steps=500, tokenizer_batch_size=16,
+    tokenizer_from=3, tokenizer_until=12, tokenizer_steps=500, tokenizer_batch_size=16,
     world_model_from=11, world_model_steps=600, world_model_batch_size=8, tokenizer_learning_rate=1e-3,
-    actor_critic_from=15, actor_critic_steps=60, actor_critic_batch_size=32, world_model_learning_rate=1e-3,
+    actor_critic_from=15, actor_critic_steps=100, actor_critic_batch_size=16, world_model_learning_rate=1e-3,
     burn_in=10, entropy_weight=0.003, gamma=0.99, after_end=False, decay_epochs=15, actor_critic_learning_rate=1e-3,
     tokenizer=replace(SMALL_TOKENIZER, vocab_size=512, code_dim=64, worst_values=12), test_episodes=8, eval_every=10,
     world_model=WorldModelConfig(max_blocks=10, layers=2, heads=2, width=128, dropout=0.0, init_std=0.06),
@@ -131,7 +130,7 @@ LAPTOP = Args(
 # [ours] The whole algorithm on the game of tests/catch.py, in minutes on a CPU. Its tokenizer is frozen after epoch 14.
 CATCH = replace(
     LAPTOP, preset="catch", env_id="tests.catch:Catch-v0", epochs=28, collect_epochs=28, collect_steps=200,
-    draw="episodes", tokenizer_until=14, tokenizer_every=1000, tokenizer_steps=100, tokenizer=SMALL_TOKENIZER,
+    draw="episodes", tokenizer_until=14, tokenizer_steps=100, tokenizer=SMALL_TOKENIZER,
     world_model_from=9, world_model_steps=200, world_model_batch_size=32, actor_critic_from=13, actor_critic_steps=50,
     actor_critic_batch_size=64, horizon=8, burn_in=2, entropy_weight=0.02, decay_epochs=0, eval_every=5,
     test_episodes=40, test_envs=40, world_model=replace(LAPTOP.world_model, max_blocks=4),
@@ -348,8 +347,7 @@ def train(run: Run) -> None:
         if run.epoch <= args.collect_epochs:
             collect(run)
 
-        due = run.epoch <= args.tokenizer_until or run.epoch % args.tokenizer_every == 0
-        if run.epoch >= args.tokenizer_from and due:
+        if args.tokenizer_from <= run.epoch <= (args.tokenizer_until or args.epochs):
             fit_pixels(run, agent.tokenizer)
             optimise(run, "tokenizer", tokenizer_losses)
             run.tokens = None  # those in `run.tokens` are another tokenizer's
@@ -414,8 +412,8 @@ def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, di
     once, so that no step waits for a GPU. Raises IrisError for a loss or a gradient norm that was not finite."""
     args, model, optimizer = run.args, getattr(run.agent, name), run.optimizers[name]
     steps, batch_size, rate = (getattr(args, f"{name}_{what}") for what in ("steps", "batch_size", "learning_rate"))
-    if name == "tokenizer" and (until := args.tokenizer_until):  # [ours] falls over the second half of these epochs
-        rate *= min(1.0, max(0.1, 2 * (until + 1 - run.epoch) / (until + 1 - args.tokenizer_from)))
+    if name == "tokenizer" and (until := args.tokenizer_until):  # [ours] falls over the second half of its epochs
+        rate *= min(1.0, 2 * (until + 1 - run.epoch) / (until + 1 - args.tokenizer_from))
     rate *= min(1.0, (args.epochs + 1 - run.epoch) / (args.decay_epochs + 1))
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -873,7 +871,7 @@ def main(args: Args) -> None:  # raises IrisError, and KeyboardInterrupt when st
             if run.epoch == 0:
                 save_checkpoint(run)  # shows whether there is room for it, and can be resumed like any other
                 run.writer.add_text("arguments", f"<pre>{text}</pre>", 0)
-            gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else "laptop takes hours, paper weeks"
+            gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else "laptop takes an hour, paper weeks"
             print(f"--preset {args.preset} in {args.precision} on {run.device} ({gpu})", flush=True)
             print(f"Run folder: {run.folder}   (tensorboard --logdir {run.folder.parent})", flush=True)
             for name in get_args(Model):

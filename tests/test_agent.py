@@ -37,6 +37,21 @@ def test_frames_are_scaled_to_minus_1_and_1_unless_pixels_have_their_own_statist
     assert abs(seen[1] - (pixels - pixels.mean(axis=0)) / (pixels.std(axis=0) + 0.025)).max() < 1e-4
 
 
+def test_patches_of_pixels_become_channels_before_the_first_convolution():
+    torch.manual_seed(0)
+    model = ActorCritic(3, ActorCriticConfig(channels=(8, 8, 8), lstm_width=16, patch=2))
+    frames = torch.rand(2, 3, 64, 64)
+    (logits, values, _), (weight, bias) = model(frames, model.initial_state(2)), model.convolutions.conv1.parameters()
+    assert logits.shape == (2, 3) and values.shape == (2,) and model.lstm.input_size == 8 * 4 * 4
+    x = 2 * frames - 1
+    folded = torch.stack([x[:, c, i::2, j::2] for c in range(3) for i in range(2) for j in range(2)], dim=1)
+    h = torch.nn.functional.conv2d(folded, weight, bias, padding=1)
+    h = torch.nn.functional.max_pool2d(h, 2).relu()
+    for layer in (model.convolutions.conv2, model.convolutions.conv3):
+        h = torch.nn.functional.max_pool2d(layer(h), 2).relu()
+    assert torch.allclose(model.features(frames), h.flatten(1), atol=1e-5)
+
+
 def test_lambda_returns_equal_the_direct_sum_over_n_step_returns():
     """The definition: a weighted mean of all n-step returns, cut where an episode ends (Sutton and Barto, 12.1)."""
     torch.manual_seed(0)

@@ -322,7 +322,7 @@ def test_paper_sizes_go_through_every_phase_on_a_cpu_and_warn_of_the_wait(tmp_pa
         "--eval-every", 1, "--test-episodes", 1, "--test-max-frames", 60,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert re.search(r"--preset paper in \S+ on cpu \(laptop takes hours, paper weeks\)", result.stdout)
+    assert re.search(r"--preset paper in \S+ on cpu \(laptop takes an hour, paper weeks\)", result.stdout)
     assert "Done: 1 epochs, 5 environment steps" in result.stdout
     sizes = {name: 0 for name in ("tokenizer", "world_model", "actor_critic")}
     for name, weight in checkpoint(folder)["agent"].items():

@@ -20,7 +20,7 @@ FAST = [
     "--horizon", "3", "--burn-in", "2", "--eval-every", "2", "--test-episodes", "2", "--test-envs", "2",
     "--world-model.max-blocks", "4", "--world-model.layers", "1", "--world-model.width", "32",
     "--tokenizer.channels", "8", "8", "8", "8", "8", "--tokenizer.blocks", "0", "0", "0", "0", "1",
-    "--test-max-frames", "400", "--tokenizer-every", "1000", "--decay-epochs", "0",
+    "--test-max-frames", "400", "--decay-epochs", "0",
 ]  # fmt: skip
 
 
@@ -330,7 +330,7 @@ def test_each_epoch_runs_the_phases_that_are_due_in_their_order_and_saves_them(r
         assert [name for when, name in ran if when == epoch] == [*phases, "log", "save_checkpoint"], epoch
 
     ran.clear()  # as after a resume: the last epoch is complete; then two more are asked for, of all phases
-    run.args.tokenizer_until, run.args.eval_every, run.args.tokenizer_every = 0, 0, 1
+    run.args.tokenizer_until = run.args.eval_every = 0
     iris_train.train(run)
     assert ran == []
     run.args.epochs = 8
@@ -455,9 +455,6 @@ def test_tokens_are_forgotten_when_the_tokenizer_is_trained_and_kept_while_it_re
     run.args.epochs, run.args.eval_every, run.args.tokenizer_until = 4, 0, 2
     iris_train.train(run)
     assert kept == [False, False, True, True]
-    run.args.epochs, run.args.tokenizer_every, run.args.tokenizer_until = 8, 3, 1
-    iris_train.train(run)
-    assert kept[4:] == [True, False, True, True]  # in epoch 6 it is trained again
 
 
 def test_frames_that_warm_up_a_memory_are_what_the_decoder_makes_of_the_replays_tokens(run, monkeypatch):
@@ -477,7 +474,7 @@ def test_frames_that_warm_up_a_memory_are_what_the_decoder_makes_of_the_replays_
 def test_statistics_of_pixels_are_the_replays_the_tokenizers_renewed_and_the_policys_kept(run, monkeypatch):
     models, statistics = (run.agent.tokenizer, run.agent.actor_critic), []
     assert all((model.mean == 0.5).all() and (model.std == 0.5).all() for model in models)
-    run.args.epochs, run.args.eval_every, run.args.tokenizer_every, run.args.draw = 2, 0, 1, "steps"
+    run.args.epochs, run.args.eval_every, run.args.tokenizer_until, run.args.draw = 2, 0, 0, "steps"
     log = iris_train.log
     kept = lambda run, seconds: statistics.append([model.mean.clone() for model in models]) or log(run, seconds)  # noqa: E731
     monkeypatch.setattr(iris_train, "log", kept)
@@ -584,7 +581,7 @@ def test_the_learning_rate_of_a_tokenizer_with_a_last_epoch_falls_towards_it(run
     args = run.args
     args.tokenizer_from, args.tokenizer_until, args.tokenizer_learning_rate, args.world_model_learning_rate = 3, 6, 1.0, 0.5
     args.epochs, args.decay_epochs = 600, 0
-    assert list(rates("tokenizer", (3, 4, 5, 6, 7, 60))) == [1, 1, 1, 0.5, 0.1, 0.1]
+    assert list(rates("tokenizer", (3, 4, 5, 6))) == [1, 1, 1, 0.5]
     assert list(rates("world_model", (3, 6))) == [0.5, 0.5]
     args.tokenizer_until = 0
     assert list(rates("tokenizer", (3, 600))) == [1, 1]

@@ -142,6 +142,9 @@ def test_initial_weights_are_the_published_ones():
     model = WorldModel(512, 4, WorldModelConfig())
     assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert model.layers[3].mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.02)
+    wider = WorldModel(512, 4, replace(model.config, init_std=0.06))
+    assert wider.embedding.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert wider.layers[3].mlp[0].weight.std().item() == pytest.approx(0.06, rel=0.02)
     assert model.layers[3].attn.qkv.bias.abs().max() == 0 and model.layers[3].ln1.weight.min() == 1
 
 
