@@ -52,11 +52,11 @@ class TokenizerConfig:
     attention_at: tuple[int, ...] = (16, 8)  # Resolutions with attention after each block; the middle always has it
     commitment_weight: float = 1.0  # Of the commitment loss, with the perceptual loss
     pixel_commitment_weight: float = 0.02  # Of the commitment loss, with the pixel loss [Delta-IRIS]
-    worst_values: int = 1  # Pixel loss: how many of a frame's 12,288 squared errors, the largest, get extra weight
+    worst_values: int = 1  # Pixel loss: so many of a frame's 12,288 squared errors, the largest, weigh more
     worst_weight: float = 0.01  # Pixel loss: weight of their mean [Delta-IRIS]
     revive_after: int = 50  # Codes that more batches in a row did not use are moved: see `Codebook.revive` [ours]
-    local: bool = False  # Small models on patches of 4x4 pixels: what moves changes nearby tokens only [ours]
-    standardize: bool = False  # Pixel loss: in units of each pixel's std; needs `fit_pixels` before training [ours]
+    local: bool = False  # Small models, by `build_local`, which reads `channels` and `code_dim` only [ours]
+    standardize: bool = False  # Pixel loss: errors in units of `fit_pixels`' std, which is to be called before [ours]
 
     @property
     def tokens_per_frame(self) -> int:
@@ -258,8 +258,8 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def fit_pixels(self, frames: Tensor) -> None:
         """Takes mean and std of each pixel from frames (N, 3, 64, 64) in [0, 1] [ours]. The mean is the background:
-        what is encoded is what differs from it, in units of the std. So is the pixel loss: where pixels rarely change,
-        an error weighs more. Otherwise the ball is lost."""
+        what is encoded is what differs from it, in units of the std. With `standardize`, the pixel loss is in these
+        units too: errors weigh more where values rarely change, as where a ball passes. Later calls change tokens."""
         self.mean.copy_(frames.mean(dim=0))
         self.std.copy_(frames.std(dim=0, correction=0) + 0.025)  # a pixel that never changes is scaled by 40
 
@@ -287,7 +287,7 @@ def paper_loss(decoded: Tensor, frames: Tensor, lpips: "Lpips") -> dict[str, Ten
 def pixel_loss(errors: Tensor, worst_values: int, worst_weight: float) -> dict[str, Tensor]:
     """Errors d (N, 3, 64, 64) -> 0.1 mean |d| + mean d^2 + worst_weight * mean of a frame's worst_values largest d^2.
 
-    [Delta-IRIS]. A game's ball is 4 of 4,096 pixels: it hardly changes a mean, but its errors are among the largest.
+    [Delta-IRIS]. Breakout's ball is 4 of 4,096 pixels: it hardly changes a mean, but its errors are among the largest.
     """
     worst = errors.square().flatten(1).topk(worst_values, dim=1).values.mean()
     return {"reconstruction": 0.1 * errors.abs().mean() + errors.square().mean() + worst_weight * worst}
@@ -361,11 +361,11 @@ def load_lpips() -> Lpips:
 
 # --- Encoder and decoder of small models [ours] -----------------------------------------------------------------------
 def build_local(config: TokenizerConfig) -> tuple[nn.Sequential, nn.Sequential]:
-    """The same shapes from fewer layers, on patches of 4x4 pixels, as wide as the last level.
+    """The same shapes from fewer layers: patches of 4x4 pixels, merged by 2x2 into a vector; `channels[-1]` wide.
 
     In the published encoder 3x3 convolutions, norms and attention let a moving ball change all 16 tokens. Here a vector
-    depends on its own 16x16 pixels only, and the other tokens stay: a small world model learns that sooner.
-    """
+    depends on its own 16x16 pixels only, and the others stay, which a small world model learns sooner. The decoder's
+    convolutions see neighbours."""
     width = config.channels[-1]
     encoder = [nn.PixelUnshuffle(4), nn.Conv2d(48, width, kernel_size=1), nn.SiLU()]
     decoder = [conv3x3(config.code_dim, width)]
