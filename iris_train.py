@@ -129,7 +129,7 @@ LAPTOP = Args(
 )  # fmt: skip
 # [ours] The whole algorithm on the game of tests/catch.py, in minutes on a CPU. Its tokenizer is frozen after epoch 14.
 CATCH = replace(
-    LAPTOP, preset="catch", env_id="tests.catch:Catch-v0", epochs=28, collect_epochs=28, collect_steps=200,
+    LAPTOP, preset="catch", env_id="tests.catch:Catch-v0", epochs=36, collect_epochs=36, collect_steps=200,
     draw="episodes", tokenizer_until=14, tokenizer_steps=100, tokenizer=SMALL_TOKENIZER,
     world_model_from=9, world_model_steps=200, world_model_batch_size=32, actor_critic_from=13, actor_critic_steps=50,
     actor_critic_batch_size=64, horizon=8, burn_in=2, entropy_weight=0.02, decay_epochs=0, eval_every=5,
