@@ -116,7 +116,7 @@ class Args:
     actor_critic: ActorCriticConfig = field(default_factory=ActorCriticConfig)
 
 
-# [ours] An hour on a CPU. Small models on patches of pixels; context and horizon are the paper's.
+# [ours] An hour on a CPU. Small models on patches of pixels; half the paper's context, its horizon.
 LAPTOP = Args(
     preset="laptop", epochs=50, collect_epochs=50, collect_steps=2000, max_frames=10_000, test_max_frames=10_000,
     tokenizer_from=3, tokenizer_until=12, tokenizer_steps=500, tokenizer_batch_size=16,

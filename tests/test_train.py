@@ -475,8 +475,8 @@ def test_statistics_of_pixels_are_the_replays_the_tokenizers_renewed_and_the_pol
     models, statistics = (run.agent.tokenizer, run.agent.actor_critic), []
     assert all((model.mean == 0.5).all() and (model.std == 0.5).all() for model in models)
     run.args.epochs, run.args.eval_every, run.args.tokenizer_until, run.args.draw = 2, 0, 0, "steps"
-    log = iris_train.log
-    kept = lambda run, seconds: statistics.append([model.mean.clone() for model in models]) or log(run, seconds)  # noqa: E731
+    log, pixels = iris_train.log, lambda model: torch.cat([model.mean, model.std])
+    kept = lambda run, seconds: statistics.append([pixels(model) for model in models]) or log(run, seconds)  # noqa: E731
     monkeypatch.setattr(iris_train, "log", kept)
     iris_train.train(run)
     mean = torch.from_numpy(run.replay.frames / 255).mean(dim=0).permute(2, 0, 1)
@@ -485,7 +485,7 @@ def test_statistics_of_pixels_are_the_replays_the_tokenizers_renewed_and_the_pol
     assert torch.equal(policy_1, policy_2) and not torch.equal(tokenizer_1, tokenizer_2)
     run.agent.tokenizer.config.standardize = False
     iris_train.fit_pixels(run, run.agent.tokenizer)
-    assert torch.equal(models[0].mean, tokenizer_2)
+    assert torch.equal(pixels(models[0]), tokenizer_2)
 
 
 def test_each_phase_trains_its_own_model_only(run):
