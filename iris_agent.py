@@ -18,9 +18,8 @@ Reuse it:  copy this file; it needs torch only (its last section, published chec
 
     import torch
     from iris_agent import ActorCritic
-    actor_critic, mask = ActorCritic(num_actions=4), torch.ones(2, 20, dtype=torch.bool)
-    state = actor_critic.warm_up(torch.rand(2, 20, 3, 64, 64), mask)
-    logits, values, state = actor_critic(torch.rand(2, 3, 64, 64), state)
+    actor_critic = ActorCritic(num_actions=4)
+    logits, values, state = actor_critic(torch.rand(2, 3, 64, 64), actor_critic.initial_state(2))
 
 A training step, with tokenizer and dream of chapters 1 and 2, N segments of real frames (N, 21, 3, 64, 64), and a mask
 (N, 20), False at padding, which stands before an episode's first frame:
@@ -35,7 +34,7 @@ are drawn from torch's global generator. [paper] is IRIS or its code, [ours] is 
 """
 import re
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,7 +51,6 @@ class ActorCriticConfig:
     channels: tuple[int, ...] = (32, 32, 64, 64)  # Of the convolutions; each halves height and width
     lstm_width: int = 512  # Width of the LSTM's hidden state
     patch: int = 1  # k x k pixels become channels first, which makes small models faster [ours]
-    standardize: bool = False  # Not read in this file: chapter 4 calls `fit_pixels` if it is set [ours]
 
 
 class ActorCritic(nn.Module):
@@ -61,7 +59,7 @@ class ActorCritic(nn.Module):
     def __init__(self, num_actions: int, config: ActorCriticConfig = ActorCriticConfig()):
         super().__init__()
         self.config = config
-        # Frames enter as (frames - mean) / std: 0.5 and 0.5 give [-1, 1] [paper]; `fit_pixels` replaces them [ours].
+        # Frames enter as (frames - mean) / std: 0.5 and 0.5 give [-1, 1] [paper]. Chapter 4 copies the tokenizer's.
         self.register_buffer("mean", torch.full((3, 64, 64), 0.5))
         self.register_buffer("std", torch.full((3, 64, 64), 0.5))
         layers, inputs = OrderedDict(patch=nn.PixelUnshuffle(config.patch)), (3 * config.patch**2, *config.channels)
@@ -98,13 +96,6 @@ class ActorCritic(nn.Module):
             state = tuple(torch.where(mask[:, t, None], new, old) for new, old in zip(after, state, strict=True))
         return state
 
-    @torch.no_grad()
-    def fit_pixels(self, frames: Tensor) -> None:
-        """Takes mean and std from real frames (N, 3, 64, 64) in [0, 1], once, before training [ours]. Without it, small
-        moving objects barely change the input, and short training misses them."""
-        self.mean.copy_(frames.mean(dim=0))
-        self.std.copy_(frames.std(dim=0, correction=0) + 0.025)  # a pixel that never changes is scaled by 40
-
 
 class Agent(nn.Module):
     """The three models together."""
@@ -136,16 +127,17 @@ class Rollout:
     rewards: Tensor  # in {-1, 0, 1}
     ends: Tensor  # bool
     frames: list[Tensor]  # L times (N, 3, 64, 64), what the agent saw at each step
+    state: State | None = None  # the LSTM's before the first of them
+    dreamed: "Rollout | None" = None  # after `reuse`: the same episodes, as they were dreamed
 
 
 def imagine(actor_critic: ActorCritic, dream, frames: Tensor, state: State, horizon: int) -> Rollout:
     """Steps a dream `horizon` times, from frames (N, 3, 64, 64) on, with sampled actions [paper, section 2.3].
 
     `dream.step(actions (N,), next_frame)` returns frames (N, 3, 64, 64), rewards (N,) and ends (N,) bool, as in chapter
-    2; at the last step next_frame is False, and the frames may be None. An end neither stops the dream nor resets the
-    LSTM. Gradients run through the LSTM's states; frames and actions have none, and REINFORCE needs none.
+    2; at the last step next_frame is False, and the frames may be None. An end stops nothing and resets nothing.
     """
-    steps, seen, frames = [], [], frames.detach()
+    steps, seen, frames, first = [], [], frames.detach(), state
     for t in range(horizon):
         seen.append(frames)
         logits, values, state = actor_critic(frames, state)
@@ -154,15 +146,14 @@ def imagine(actor_critic: ActorCritic, dream, frames: Tensor, state: State, hori
             frames, rewards, ends = dream.step(actions, next_frame=t + 1 < horizon)
         steps.append((logits, values, actions, rewards, ends))
     logits, values, actions, rewards, ends = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
-    return Rollout(logits, values, actions, rewards, ends, seen)
+    return Rollout(logits, values, actions, rewards, ends, seen, first)
 
 
 def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, lambda_: float) -> Tensor:
     """Rewards, values and ends (N, L) -> lambda-returns (N, L) [paper, section 2.3; Sutton and Barto, section 12.1].
 
     R_t = r_t + gamma * (1 - end_t) * ((1 - lambda) * v_{t+1} + lambda * R_{t+1}), backwards from R_{L-1} = v_{L-1}: the
-    last value stands for all that follows; the last reward and end are not used. Lambda 0 gives r_t + gamma * v_{t+1},
-    lambda 1 the discounted sum of the rewards and the last value. An example with gamma 0.5 and lambda 0.5:
+    last value stands for all that follows; the last reward and end are not used. With gamma 0.5 and lambda 0.5:
 
         step      0       1      2     3     4
         reward    0       1      1     0     1
@@ -191,27 +182,43 @@ def actor_critic_loss(rollout: Rollout, gamma: float, lambda_: float, entropy_we
     if rollout.rewards.shape[1] < 2:
         raise ValueError("a rollout needs 2 steps or more: its last step is only the bootstrap")
     with torch.no_grad():
-        returns = lambda_returns(rollout.rewards, rollout.values, rollout.ends, gamma, lambda_)[:, :-1]
+        first = rollout.dreamed or rollout
+        returns = lambda_returns(rollout.rewards, first.values, rollout.ends, gamma, lambda_)[:, :-1]
         ended_before = (rollout.ends.cumsum(dim=1) - rollout.ends.long()) > 0  # (N, L): an end at an earlier step
         counted = (ended_before.logical_not() | after_end)[:, :-1].float()  # (N, L - 1)
-        advantages = returns - rollout.values[:, :-1]
+        advantages = returns - first.values[:, :-1]
 
     def mean(x: Tensor) -> Tensor:  # (N, L - 1) -> its mean over counted steps
         return (x * counted).sum() / counted.sum()
 
-    # validate_args would make the CPU wait for the GPU.
-    values, policy = rollout.values[:, :-1], Categorical(logits=rollout.logits[:, :-1], validate_args=False)
-    entropy = mean(policy.entropy())
-    losses = {
-        "policy": mean(-policy.log_prob(rollout.actions[:, :-1]) * advantages),
-        "value": mean((values - returns).square()),
-        "entropy_bonus": -entropy_weight * entropy,
-    }
-    metrics = {
-        "entropy": entropy.detach(), "mean_value": mean(values.detach()), "mean_lambda_return": mean(returns),
-        "imagined_reward": mean(rollout.rewards[:, :-1]), "imagined_end": mean(rollout.ends[:, :-1].float()),
-    }  # fmt: skip
+    policy = Categorical(logits=rollout.logits[:, :-1], validate_args=False)  # checks would wait for the GPU
+    values, entropy = rollout.values[:, :-1], mean(policy.entropy())
+    log_probs = policy.log_prob(rollout.actions[:, :-1])
+    gain = log_probs * advantages
+    if rollout.dreamed:  # after `reuse`: PPO's objective
+        drawn = Categorical(logits=first.logits[:, :-1], validate_args=False).log_prob(rollout.actions[:, :-1])
+        ratio, scaled = (log_probs - drawn).exp(), advantages / mean(advantages.square()).sqrt().clamp(min=1e-6)
+        gain = torch.minimum(ratio * scaled, ratio.clamp(0.8, 1.2) * scaled)
+    losses = {"policy": -mean(gain), "value": mean((values - returns) ** 2), "entropy_bonus": -entropy_weight * entropy}
+    metrics = {"entropy": entropy.detach(), "mean_value": mean(values.detach()), "mean_lambda_return": mean(returns)}
+    metrics |= {"imagined_reward": mean(rollout.rewards[:, :-1]), "imagined_end": mean(rollout.ends[:, :-1].float())}
     return losses, metrics
+
+
+def reuse(actor_critic: ActorCritic, dreams: Rollout, which: Tensor) -> Rollout:
+    """Episodes `which` (n,) of N, with logits and values of the present weights, to train on once more [ours].
+
+    Small models learn faster than they dream. In `actor_critic_loss` this takes PPO's objective (arXiv 1707.06347):
+    advantages as dreamed, by their root mean square, times the probability's ratio to that when drawn, clipped at 0.2.
+    """
+    columns = (dreams.logits, dreams.values, dreams.actions, dreams.rewards, dreams.ends)
+    dreamed = Rollout(*(column[which].detach() for column in columns), [])
+    steps, state = [], tuple(part[which] for part in dreams.state)
+    for frames in dreams.frames:
+        logits, values, state = actor_critic(frames[which], state)
+        steps.append((logits, values))
+    logits, values = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
+    return replace(dreamed, logits=logits, values=values, dreamed=dreamed)
 
 
 # --- The lesson: python iris_agent.py learns a game of memory ---------------------------------------------------------
@@ -237,7 +244,7 @@ class FadingCatch:
         return self.draw(self.row), ends * (2.0 * (self.paddle == self.column) - 1), ends
 
 
-def lesson(updates: int = 350) -> None:
+def lesson(updates: int = 500) -> None:
     """From row 3 the ball is hidden. Without memory one meets it in a game of four, -0.5 a game; with it, up to 1."""
     torch.manual_seed(0)
     actor_critic = ActorCritic(3, ActorCriticConfig(channels=(8, 8, 16, 16), lstm_width=64))
@@ -247,6 +254,7 @@ def lesson(updates: int = 350) -> None:
         state = actor_critic.warm_up(game.past, game.mask)
         rollout = imagine(actor_critic, game, game.draw(game.row), state, horizon=8)  # 7 steps to the end, and one
         losses, metrics = actor_critic_loss(rollout, gamma=0.995, lambda_=0.95, entropy_weight=0.003, after_end=False)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, 2 * (1 - update / updates))
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
@@ -270,18 +278,14 @@ RENAMES = (  # published name -> ours: regular expressions, applied one after th
 
 
 def load_official_checkpoint(path: Path | str) -> Agent:
-    """A published checkpoint -> an Agent of the paper's sizes, on the CPU, in eval mode. Raises OSError, ValueError."""
-    try:
-        return official_agent(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # torch.load has many errors for files that are cut short or of another kind
-        raise ValueError(f"{path} is no published IRIS checkpoint: {' '.join(repr(error).split())}") from error
+    """A published checkpoint -> an Agent of the paper's sizes, on the CPU, in evaluation mode. Raises what `torch.load`
+    and `official_agent` raise; `iris_train.load_agent` says what is wrong in one line."""
+    return official_agent(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def official_agent(weights: dict[str, Tensor]) -> Agent:
     """Published weights -> the Agent; what no layer needs, such as `tokenizer.lpips.*`, is ignored. Raises KeyError
-    for a missing weight and ValueError for one of another shape, both with its name."""
+    for a missing weight and RuntimeError for one of another shape, both with its name."""
     from iris_tokenizer import Tokenizer, TokenizerConfig
     from iris_world_model import WorldModel, WorldModelConfig
 
@@ -299,10 +303,7 @@ def official_agent(weights: dict[str, Tensor]) -> Agent:
     num_actions = len(state["actor_critic.actor_linear.weight"])
     world_model = WorldModel(TokenizerConfig.vocab_size, num_actions, WorldModelConfig())
     agent = Agent(Tokenizer(TokenizerConfig()), world_model, ActorCritic(num_actions)).eval()
-    for name, parameter in agent.named_parameters():
-        if state[name].shape != parameter.shape:
-            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
-        parameter.data.copy_(state[name])
+    agent.load_state_dict({name: state[name] for name, _ in agent.named_parameters()}, strict=False)  # no buffers
     return agent
 
 

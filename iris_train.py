@@ -10,7 +10,6 @@ section 2 and appendix A). Tokenizer and world model learn from real play, the p
          epochs 1 to 500   from epoch 6                        from epoch 26       from epoch 51
 
 Run it:   python iris_train.py --env-id BreakoutNoFrameskip-v4    # the paper's run; without a GPU --preset laptop
-          python iris_train.py --resume runs/...                                  # goes on as if never stopped
 Read it:  arguments, all of them the paper's by default; environment, replay; then `train`, the algorithm, and what it
 calls; checkpoints and start-up last. [paper] is IRIS or its code, [Delta-IRIS] arXiv 2406.19320, [ours] neither.
 """
@@ -28,6 +27,7 @@ import timeit
 import zipfile
 from collections import defaultdict, deque
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Callable, Literal, get_args
 
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
-from iris_agent import ActorCritic, ActorCriticConfig, Agent, Rollout, actor_critic_loss, imagine, official_agent
+from iris_agent import ActorCritic, ActorCriticConfig, Agent, Rollout, actor_critic_loss, imagine, official_agent, reuse
 from iris_tokenizer import FRAME_SIZE, SMALL_TOKENIZER, Lpips, Tokenizer, TokenizerConfig, labelled_rows, load_lpips
 from iris_world_model import CompiledDream, Dream, WorldModel, WorldModelConfig
 
@@ -95,6 +95,7 @@ class Args:
     actor_critic_steps: int = 200  # Optimiser steps an epoch
     actor_critic_batch_size: int = 64  # Dreams a step
     actor_critic_learning_rate: float = 1e-4  # Learning rate of Adam
+    dream_uses: int = 1  # [ours] Optimiser steps that each dream is used in; from 2 on, by PPO's objective
     burn_in: int = 20  # Real frames that warm up the LSTM, before a dream and where collecting goes on in mid-episode
     horizon: int = 20  # Steps of a dream
     gamma: float = 0.995  # Discount factor
@@ -119,21 +120,21 @@ class Args:
 # [ours] An hour on a CPU. Small models on patches of pixels; half the paper's context, its horizon.
 LAPTOP = Args(
     preset="laptop", epochs=50, collect_epochs=50, collect_steps=2000, max_frames=10_000, test_max_frames=10_000,
-    tokenizer_from=3, tokenizer_until=12, tokenizer_steps=500, tokenizer_batch_size=16,
-    world_model_from=11, world_model_steps=600, world_model_batch_size=8, tokenizer_learning_rate=1e-3,
-    actor_critic_from=15, actor_critic_steps=100, actor_critic_batch_size=16, world_model_learning_rate=1e-3,
-    burn_in=10, entropy_weight=0.003, gamma=0.99, after_end=False, decay_epochs=15, actor_critic_learning_rate=1e-3,
+    tokenizer_from=3, tokenizer_until=12, tokenizer_steps=500, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
+    world_model_from=11, world_model_steps=600, world_model_batch_size=8, world_model_learning_rate=1e-3,
+    actor_critic_from=19, actor_critic_steps=352, actor_critic_batch_size=16, actor_critic_learning_rate=1e-3,
+    dream_uses=4, burn_in=10, entropy_weight=0.01, gamma=0.99, after_end=False, decay_epochs=15, draw="steps",
     tokenizer=replace(SMALL_TOKENIZER, vocab_size=512, code_dim=64, worst_values=12), test_episodes=8, eval_every=10,
     world_model=WorldModelConfig(max_blocks=10, layers=2, heads=2, width=128, dropout=0.0, init_std=0.06),
-    actor_critic=ActorCriticConfig(channels=(16, 32, 32), lstm_width=256, patch=2, standardize=True), draw="steps",
+    actor_critic=ActorCriticConfig(channels=(16, 32, 32), lstm_width=256, patch=2),
 )  # fmt: skip
 # [ours] The whole algorithm on the game of tests/catch.py, in minutes on a CPU. Its tokenizer is frozen after epoch 14.
 CATCH = replace(
     LAPTOP, preset="catch", env_id="tests.catch:Catch-v0", epochs=36, collect_epochs=36, collect_steps=200,
-    draw="episodes", tokenizer_until=14, tokenizer_steps=100, tokenizer=SMALL_TOKENIZER,
-    world_model_from=9, world_model_steps=200, world_model_batch_size=32, actor_critic_from=13, actor_critic_steps=50,
-    actor_critic_batch_size=64, horizon=8, burn_in=2, entropy_weight=0.02, decay_epochs=0, eval_every=5,
-    test_episodes=40, test_envs=40, world_model=replace(LAPTOP.world_model, max_blocks=4),
+    draw="episodes", tokenizer_until=14, tokenizer_steps=100, tokenizer=SMALL_TOKENIZER, world_model_from=9,
+    world_model_steps=200, world_model_batch_size=32, actor_critic_from=13, actor_critic_steps=50, dream_uses=1,
+    actor_critic_batch_size=64, horizon=8, burn_in=2, entropy_weight=0.02, decay_epochs=0, eval_every=5, test_envs=40,
+    test_episodes=40, world_model=replace(LAPTOP.world_model, max_blocks=4),
     actor_critic=replace(LAPTOP.actor_critic, lstm_width=128),
 )  # fmt: skip
 PRESETS = {"paper": Args(), "laptop": LAPTOP, "catch": CATCH}
@@ -348,7 +349,9 @@ def train(run: Run) -> None:
             collect(run)
 
         if args.tokenizer_from <= run.epoch <= (args.tokenizer_until or args.epochs):
-            fit_pixels(run, agent.tokenizer)
+            if args.tokenizer.standardize:  # [ours]
+                seen = run.replay.sample(run.rng, min(4096, len(run.replay)), range(1), args.draw)[0][:, 0]
+                agent.tokenizer.fit_pixels(run.replay.frames_at(seen, run.device))
             optimise(run, "tokenizer", tokenizer_losses)
             run.tokens = None  # those in `run.tokens` are another tokenizer's
 
@@ -359,8 +362,9 @@ def train(run: Run) -> None:
             optimise(run, "world_model", world_model_losses)
 
         if run.epoch >= args.actor_critic_from:
-            fit_pixels(run, agent.actor_critic)
-            optimise(run, "actor_critic", actor_critic_losses)
+            agent.actor_critic.mean.copy_(agent.tokenizer.mean)  # 0.5, unless `fit_pixels` was called
+            agent.actor_critic.std.copy_(agent.tokenizer.std)
+            optimise(run, "actor_critic", partial(actor_critic_losses, dreams=[]))
 
         if args.eval_every and run.epoch % args.eval_every == 0:
             evaluate(run)
@@ -384,9 +388,14 @@ def world_model_losses(run: Run, n: int) -> tuple[dict, dict]:
     return run.agent.world_model.loss(run.tokens[torch.from_numpy(indices).to(run.device)], *columns), {}
 
 
-def actor_critic_losses(run: Run, n: int) -> tuple[dict, dict]:
-    """Losses and metrics on n dreams."""
-    args, rollout = run.args, dream_from_replay(run, run.rng, n)
+def actor_critic_losses(run: Run, n: int, dreams: list[tuple[Rollout, Tensor]]) -> tuple[dict, dict]:
+    """Losses and metrics on n dreams. [ours] With `dream_uses` k they come from `dreams`: k parts of k * n, k times."""
+    args, k = run.args, run.args.dream_uses
+    if k > 1 and not dreams:
+        with torch.no_grad():
+            rollout = dream_from_replay(run, run.rng, k * n)
+        dreams += [(rollout, part) for _ in range(k) for part in torch.randperm(k * n, device=run.device).chunk(k)]
+    rollout = reuse(run.agent.actor_critic, *dreams.pop()) if k > 1 else dream_from_replay(run, run.rng, n)
     return actor_critic_loss(rollout, args.gamma, args.lambda_, args.entropy_weight, args.after_end)
 
 
@@ -439,13 +448,6 @@ def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, di
             raise IrisError(f"{key} is not finite at step {step} of the {name}: lower its learning rate")
         run.metrics[f"losses/{key}"] = values.mean().item()
     run.metrics[f"charts/{name}_learning_rate"] = rate
-
-
-def fit_pixels(run: Run, model: Tokenizer | ActorCritic) -> None:
-    """Sets the pixel statistics of a model that is to `standardize` frames [ours]; the actor-critic's only once."""
-    if model.config.standardize and (model is run.agent.tokenizer or (model.std == 0.5).all()):
-        indices = run.replay.sample(run.rng, min(4096, len(run.replay)), range(1), run.args.draw)[0][:, 0]
-        model.fit_pixels(run.replay.frames_at(indices, run.device))
 
 
 def encode_replay(run: Run) -> None:
@@ -505,7 +507,6 @@ def collect(run: Run) -> None:
         save_episode(run.folder / "media/episodes/train", f"step_{begin:07d}", replay.array[begin:stop])
     if games:
         run.metrics["charts/episodic_return"] = np.mean([replay.rewards[begin:stop].sum() for begin, stop in games])
-        run.metrics["charts/episodic_length"] = np.mean([stop - begin for begin, stop in games])
 
 
 @torch.no_grad()
@@ -704,8 +705,8 @@ def load_agent(run_or_checkpoint: Path | str) -> tuple[Agent, Args]:
         return agent, args
     try:
         return official_agent(content), args
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise IrisError(f"{run_or_checkpoint} is no whole published checkpoint ({error})") from error
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise IrisError(f"{run_or_checkpoint} is no whole published one: {' '.join(str(error).split())}") from error
 
 
 # --- Starting ---------------------------------------------------------------------------------------------------------
@@ -736,11 +737,11 @@ def parse_args(argv: list[str]) -> Args:
 
 
 RANGES = {  # the least and the greatest value of a number, or of each in a tuple; by name, or else by kind
-    "whole numbers": (1, 10**9), "other numbers": (0, sys.float_info.max), "dropout": (0, 0.99), "layers": (1, 999),
-    "seed": (0, 2**63 - 1), "collect_epsilon": (0, 1), "tokenizer_until": (0, 10**9), "worst_values": (1, 12_288),
-    "horizon": (2, 10**9), "burn_in": (0, 10**9), "gamma": (0, 1), "lambda_": (0, 1), "max_grad_norm": (1e-9, 1e9),
-    "decay_epochs": (0, 10**9), "test_envs": (1, 999), "blocks": (0, 99), "patch": (1, 64), "max_blocks": (2, 10**9),
-    "eval_every": (0, 10**9),
+    **dict.fromkeys(("tokenizer_until", "burn_in", "decay_epochs", "eval_every"), (0, 10**9)), "patch": (1, 64),
+    "horizon": (2, 10**9), "whole numbers": (1, 10**9), "other numbers": (0, sys.float_info.max), "dropout": (0, 0.99),
+    "layers": (1, 999), "seed": (0, 2**63 - 1), "collect_epsilon": (0, 1), "worst_values": (1, 12_288),
+    "max_blocks": (2, 10**9), "gamma": (0, 1), "lambda_": (0, 1), "max_grad_norm": (1e-9, 1e9), "test_envs": (1, 999),
+    "blocks": (0, 99),
 }  # fmt: skip
 
 
@@ -762,7 +763,8 @@ def check_memory(args: Args, num_actions: int) -> None:
     """Raises IrisError for what can't fit: weights, gradients, Adam's moments, and a batch's frames or embeddings."""
     with torch.device("meta"):  # tensors without memory
         weights = sum(weight.numel() for weight in build_agent(args, num_actions).parameters())
-    frames = max(args.tokenizer_batch_size, args.actor_critic_batch_size * (args.burn_in + args.horizon))
+    dreams = args.dream_uses * args.actor_critic_batch_size
+    frames = max(args.tokenizer_batch_size, dreams * (args.burn_in + args.horizon))
     embeddings = args.world_model_batch_size * args.world_model.max_tokens * args.world_model.width
     needed = 4 * (4 * weights + max(3 * FRAME_SIZE**2 * frames, embeddings) // args.accumulate)
     cuda = args.device != "cpu" and torch.cuda.is_available()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from iris_agent import ActorCritic, actor_critic_loss, imagine, lambda_returns
+from iris_tokenizer import Tokenizer
 from iris_train import PRESETS, choose_device, make_env, to_model
 
 
@@ -31,7 +32,7 @@ class Options:
     games: int = 32  # Games played side by side
     horizon: int = 10  # Steps of an update; half a dream's do, for the next update goes on from where this one stopped
     burn_in: int = 5  # Frames that warm up the LSTM before each
-    standardize: bool = PRESETS["laptop"].actor_critic.standardize  # Scale each pixel by its own mean and deviation
+    standardize: bool = True  # Scale each pixel by its own mean and deviation
     seed: int = 0  # Seed of everything random
 
 
@@ -74,10 +75,13 @@ def main(options: Options) -> None:
     torch.manual_seed(options.seed)
     n, games = options.games, TrueGames(options.env_id, options.games, options.burn_in)
     num_actions = int(games.envs[0].action_space.n)
-    actor_critic = ActorCritic(num_actions, replace(args.actor_critic, standardize=options.standardize))
+    actor_critic = ActorCritic(num_actions, args.actor_critic)
     if options.standardize:
         seen = [games.step(torch.randint(num_actions, (n,)))[0] for _ in range(100)]
-        actor_critic.fit_pixels(torch.cat(seen))
+        tokenizer = Tokenizer(args.tokenizer)  # whose pixel statistics a run's policy takes
+        tokenizer.fit_pixels(torch.cat(seen))
+        actor_critic.mean.copy_(tokenizer.mean)
+        actor_critic.std.copy_(tokenizer.std)
     optimizer = torch.optim.Adam(actor_critic.parameters(), lr=args.actor_critic_learning_rate)
     began, columns = time.perf_counter(), defaultdict(list)
     for update in range(1, options.updates + 1):

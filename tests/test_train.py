@@ -1,5 +1,6 @@
 """Chapter 4's promises, piece by piece; test_command_line.py tests it as a user meets it."""
 import dataclasses
+import functools
 import json
 
 import ale_py
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import games
+import iris_agent
 import iris_train
 from iris_train import STEP, Args, IrisError, Replay, load_agent, make_env, parse_args, resize_frame
 
@@ -304,27 +306,30 @@ def run(tmp_path):
 
 
 def learn(run, name):
-    iris_train.optimise(run, name, getattr(iris_train, f"{name}_losses"))
+    losses_of = getattr(iris_train, f"{name}_losses")
+    iris_train.optimise(run, name, functools.partial(losses_of, dreams=[]) if name == "actor_critic" else losses_of)
 
 
 def test_each_epoch_runs_the_phases_that_are_due_in_their_order_and_saves_them(run, monkeypatch):
     ran = []
     for name in ("collect", "encode_replay", "evaluate", "log", "save_checkpoint"):
         monkeypatch.setattr(iris_train, name, lambda run, *_, name=name: ran.append((run.epoch, name)))
-    monkeypatch.setattr(iris_train, "fit_pixels", lambda run, model: ran.append((run.epoch, "fit_pixels")))
+    monkeypatch.setattr(run.agent.tokenizer, "fit_pixels", lambda frames: ran.append((run.epoch, "fit_pixels")))
+    monkeypatch.setattr(iris_train.Replay, "sample", lambda *_: (np.zeros((1, 1), int), None))
+    monkeypatch.setattr(iris_train.Replay, "frames_at", lambda *_: None)
     monkeypatch.setattr(iris_train, "optimise", lambda run, name, losses_of: ran.append((run.epoch, name)))
     run.args.epochs, run.args.collect_epochs, run.args.eval_every = 6, 5, 3
     run.args.tokenizer_from, run.args.tokenizer_until = 2, 4
     run.args.world_model_from, run.args.actor_critic_from = 3, 4
     iris_train.train(run)
-    tokenizer, actor_critic = ["fit_pixels", "tokenizer"], ["fit_pixels", "actor_critic"]
+    tokenizer = ["fit_pixels", "tokenizer"]
     expected = [
         ["collect"],
         ["collect", *tokenizer, "encode_replay"],
         ["collect", *tokenizer, "encode_replay", "world_model", "evaluate"],
-        ["collect", *tokenizer, "encode_replay", "world_model", *actor_critic],
-        ["collect", "encode_replay", "world_model", *actor_critic],
-        ["encode_replay", "world_model", *actor_critic, "evaluate"],
+        ["collect", *tokenizer, "encode_replay", "world_model", "actor_critic"],
+        ["collect", "encode_replay", "world_model", "actor_critic"],
+        ["encode_replay", "world_model", "actor_critic", "evaluate"],
     ]
     for epoch, phases in enumerate(expected, start=1):
         assert [name for when, name in ran if when == epoch] == [*phases, "log", "save_checkpoint"], epoch
@@ -335,7 +340,7 @@ def test_each_epoch_runs_the_phases_that_are_due_in_their_order_and_saves_them(r
     assert ran == []
     run.args.epochs = 8
     iris_train.train(run)
-    again = [*tokenizer, "encode_replay", "world_model", *actor_critic, "log", "save_checkpoint"]
+    again = [*tokenizer, "encode_replay", "world_model", "actor_critic", "log", "save_checkpoint"]
     assert ran == [(epoch, name) for epoch in (7, 8) for name in again]
 
 
@@ -356,7 +361,6 @@ def test_collect_stores_what_the_game_showed_and_did(run):
         assert replay.ends[begin : stop - 1].sum() == 0 and stop - begin <= 9
     assert (replay.rewards == replay.actions).all()
     last, games = np.flatnonzero(replay.ends)[-1] + 1, replay.ends.sum()
-    assert metrics["charts/episodic_length"] == pytest.approx(last / games)
     assert metrics["charts/episodic_return"] == pytest.approx(replay.rewards[:last].sum() / games)
 
 
@@ -377,7 +381,6 @@ def test_the_return_that_is_logged_is_that_of_whole_games_not_of_lives(run):
     assert ended_now and any(start < 30 for start, _ in ended_now)  # one of them had started in the first half
     returns = [run.replay.rewards[start:stop].sum() for start, stop in ended_now]
     assert run.metrics["charts/episodic_return"] == pytest.approx(np.mean(returns))
-    assert run.metrics["charts/episodic_length"] == pytest.approx(np.mean([stop - start for start, stop in ended_now]))
 
 
 class Draws:
@@ -465,13 +468,14 @@ def test_frames_that_warm_up_a_memory_are_what_the_decoder_makes_of_the_replays_
     seen, warm_up = [], run.agent.actor_critic.warm_up
     monkeypatch.setattr(run.agent.actor_critic, "warm_up", lambda frames, mask: seen.append(frames) or warm_up(frames, mask))
     state = run.rng.bit_generator.state
-    iris_train.actor_critic_losses(run, 2)
+    run.args.dream_uses = 1
+    iris_train.actor_critic_losses(run, 2, [])
     run.rng.bit_generator.state = state
     indices, _ = run.replay.sample(run.rng, 2, range(-run.args.burn_in, 1), run.args.draw)
     assert (seen[0] - decoded[indices[:, :-1]]).abs().max() <= 0.5 / 255 + 1e-6  # 8 bits a pixel
 
 
-def test_statistics_of_pixels_are_the_replays_the_tokenizers_renewed_and_the_policys_kept(run, monkeypatch):
+def test_statistics_of_pixels_are_the_replays_renewed_in_each_tokenizer_epoch_and_the_policys_are_the_same(run, monkeypatch):
     models, statistics = (run.agent.tokenizer, run.agent.actor_critic), []
     assert all((model.mean == 0.5).all() and (model.std == 0.5).all() for model in models)
     run.args.epochs, run.args.eval_every, run.args.tokenizer_until, run.args.draw = 2, 0, 0, "steps"
@@ -482,9 +486,10 @@ def test_statistics_of_pixels_are_the_replays_the_tokenizers_renewed_and_the_pol
     mean = torch.from_numpy(run.replay.frames / 255).mean(dim=0).permute(2, 0, 1)
     assert (models[0].mean - mean).abs().max() < 0.2 and (models[0].mean != 0.5).any()  # of as many draws as steps
     (tokenizer_1, policy_1), (tokenizer_2, policy_2) = statistics
-    assert torch.equal(policy_1, policy_2) and not torch.equal(tokenizer_1, tokenizer_2)
-    run.agent.tokenizer.config.standardize = False
-    iris_train.fit_pixels(run, run.agent.tokenizer)
+    assert torch.equal(policy_1, tokenizer_1) and torch.equal(policy_2, tokenizer_2)
+    assert not torch.equal(tokenizer_1, tokenizer_2)
+    run.args.epochs, run.args.tokenizer.standardize = 3, False
+    iris_train.train(run)
     assert torch.equal(pixels(models[0]), tokenizer_2)
 
 
@@ -492,12 +497,27 @@ def test_each_phase_trains_its_own_model_only(run):
     iris_train.collect(run)
     for name in ("tokenizer", "world_model", "actor_critic"):
         before = {key: value.clone() for key, value in run.agent.state_dict().items()}
-        if name != "world_model":
-            iris_train.fit_pixels(run, getattr(run.agent, name))
         learn(run, name)
         iris_train.encode_replay(run)
         changed = {key.split(".")[0] for key, value in run.agent.state_dict().items() if not torch.equal(value, before[key])}
         assert changed == {name}
+
+
+def test_with_dream_uses_3_each_dream_is_learned_from_three_times_in_random_company(run, monkeypatch):
+    iris_train.collect(run)
+    iris_train.encode_replay(run)
+    made, used, dream, dreams = [], [], iris_train.dream_from_replay, []
+    run.args.dream_uses = 3
+    monkeypatch.setattr(iris_train, "dream_from_replay", lambda run, rng, n: made.append(n) or dream(run, rng, n))
+    monkeypatch.setattr(
+        iris_train, "reuse", lambda model, dreams, which: used.append(which.tolist()) or iris_agent.reuse(model, dreams, which)
+    )
+    for step in range(10):
+        losses, _ = iris_train.actor_critic_losses(run, 2, dreams)
+        assert all(loss.requires_grad for loss in losses.values())
+    assert made == [6, 6] and len(used) == 10  # 9 steps of 2 dreams use up 6 dreams three times each
+    rounds = [sorted(sum(used[i : i + 3], [])) for i in (0, 3, 6)]
+    assert rounds == [[0, 1, 2, 3, 4, 5]] * 3 and len({str(used[i : i + 3]) for i in (0, 3, 6)}) == 3
 
 
 @pytest.mark.parametrize(("accumulate", "sizes"), [(1, [5]), (2, [3, 2]), (9, [1] * 5)])
