@@ -181,11 +181,11 @@ def actor_critic_loss(rollout: Rollout, gamma: float, lambda_: float, entropy_we
     """
     if rollout.rewards.shape[1] < 2:
         raise ValueError("a rollout needs 2 steps or more: its last step is only the bootstrap")
+    first = rollout.dreamed or rollout
     with torch.no_grad():
-        first = rollout.dreamed or rollout
         returns = lambda_returns(rollout.rewards, first.values, rollout.ends, gamma, lambda_)[:, :-1]
-        ended_before = (rollout.ends.cumsum(dim=1) - rollout.ends.long()) > 0  # (N, L): an end at an earlier step
-        counted = (ended_before.logical_not() | after_end)[:, :-1].float()  # (N, L - 1)
+        earlier_ends = rollout.ends.cumsum(dim=1) - rollout.ends.long()  # (N, L)
+        counted = ((earlier_ends == 0) | after_end)[:, :-1].float()  # (N, L - 1)
         advantages = returns - first.values[:, :-1]
 
     def mean(x: Tensor) -> Tensor:  # (N, L - 1) -> its mean over counted steps
@@ -208,11 +208,10 @@ def actor_critic_loss(rollout: Rollout, gamma: float, lambda_: float, entropy_we
 def reuse(actor_critic: ActorCritic, dreams: Rollout, which: Tensor) -> Rollout:
     """Episodes `which` (n,) of N, with logits and values of the present weights, to train on once more [ours].
 
-    Small models learn faster than they dream. In `actor_critic_loss` this takes PPO's objective (arXiv 1707.06347):
-    advantages as dreamed, by their root mean square, times the probability's ratio to that when drawn, clipped at 0.2.
-    """
-    columns = (dreams.logits, dreams.values, dreams.actions, dreams.rewards, dreams.ends)
-    dreamed = Rollout(*(column[which].detach() for column in columns), [])
+    Small models learn faster than they dream. `actor_critic_loss` takes PPO's objective for them (arXiv 1707.06347):
+    advantages as dreamed, by their root mean square, times the probability's ratio to that when drawn, clipped at 0.2."""
+    names = ("logits", "values", "actions", "rewards", "ends")
+    dreamed = Rollout(*(getattr(dreams, name)[which].detach() for name in names), [])
     steps, state = [], tuple(part[which] for part in dreams.state)
     for frames in dreams.frames:
         logits, values, state = actor_critic(frames[which], state)
