@@ -30,7 +30,7 @@ A training step, with tokenizer and dream of chapters 1 and 2, N segments of rea
     losses, metrics = actor_critic_loss(rollout, gamma=0.995, lambda_=0.95, entropy_weight=0.001)
 
 and an optimiser's step on the losses' sum. The paper's: Adam, rate 1e-4, N = 64, gradient norm clipped at 10. Actions
-are drawn from torch's global generator. [paper] is IRIS or its code, [ours] is not. All defaults are the paper's.
+are drawn from torch's global generator. [paper] is IRIS or its code, [ours] is not. Defaults are the paper's.
 """
 import re
 from collections import OrderedDict
@@ -59,7 +59,7 @@ class ActorCritic(nn.Module):
     def __init__(self, num_actions: int, config: ActorCriticConfig = ActorCriticConfig()):
         super().__init__()
         self.config = config
-        # Frames enter as (frames - mean) / std: 0.5 and 0.5 give [-1, 1] [paper]. Chapter 4 copies the tokenizer's.
+        # Frames enter as (frames - mean) / std: 0.5 and 0.5 give [-1, 1] [paper]. Chapter 4 puts the tokenizer's there.
         self.register_buffer("mean", torch.full((3, 64, 64), 0.5))
         self.register_buffer("std", torch.full((3, 64, 64), 0.5))
         layers, inputs = OrderedDict(patch=nn.PixelUnshuffle(config.patch)), (3 * config.patch**2, *config.channels)
@@ -127,17 +127,17 @@ class Rollout:
     rewards: Tensor  # in {-1, 0, 1}
     ends: Tensor  # bool
     frames: list[Tensor]  # L times (N, 3, 64, 64), what the agent saw at each step
-    state: State | None = None  # the LSTM's before the first of them
+    state: State | None = None  # the LSTM's before the first frame, for `reuse`
     dreamed: "Rollout | None" = None  # after `reuse`: the same episodes, as they were dreamed
 
 
 def imagine(actor_critic: ActorCritic, dream, frames: Tensor, state: State, horizon: int) -> Rollout:
     """Steps a dream `horizon` times, from frames (N, 3, 64, 64) on, with sampled actions [paper, section 2.3].
 
-    `dream.step(actions (N,), next_frame)` returns frames (N, 3, 64, 64), rewards (N,) and ends (N,) bool, as in chapter
-    2; at the last step next_frame is False, and the frames may be None. An end stops nothing and resets nothing.
+    `dream.step(actions (N,), next_frame)` returns new frames (N, 3, 64, 64), rewards (N,), ends (N,) bool, like chapter
+    2's; at the last step next_frame is False, and the frames may be None. An end stops nothing and resets nothing.
     """
-    steps, seen, frames, first = [], [], frames.detach(), state
+    steps, seen, frames, start = [], [], frames.detach(), state
     for t in range(horizon):
         seen.append(frames)
         logits, values, state = actor_critic(frames, state)
@@ -146,7 +146,7 @@ def imagine(actor_critic: ActorCritic, dream, frames: Tensor, state: State, hori
             frames, rewards, ends = dream.step(actions, next_frame=t + 1 < horizon)
         steps.append((logits, values, actions, rewards, ends))
     logits, values, actions, rewards, ends = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
-    return Rollout(logits, values, actions, rewards, ends, seen, first)
+    return Rollout(logits, values, actions, rewards, ends, seen, start)
 
 
 def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, lambda_: float) -> Tensor:
@@ -172,7 +172,7 @@ def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, 
 def actor_critic_loss(rollout: Rollout, gamma: float, lambda_: float, entropy_weight: float, after_end: bool = True):
     """-> a dict of losses, whose sum is minimised, and a dict of metrics to log, all scalar [paper, section 2.3].
 
-        policy         mean of -log pi(a_t) * (R_t - v_t): REINFORCE with the value as baseline; no gradient to R, v
+        policy         mean of -log pi(a_t) * (R_t - v_t), REINFORCE; after `reuse`, PPO's; no gradient to R, v
         value          mean of (v_t - R_t)^2; no gradient to R
         entropy_bonus  -entropy_weight * mean entropy of pi
 
@@ -181,12 +181,12 @@ def actor_critic_loss(rollout: Rollout, gamma: float, lambda_: float, entropy_we
     """
     if rollout.rewards.shape[1] < 2:
         raise ValueError("a rollout needs 2 steps or more: its last step is only the bootstrap")
-    first = rollout.dreamed or rollout
+    source = rollout.dreamed or rollout  # after `reuse`, returns and advantages are those of the dream
     with torch.no_grad():
-        returns = lambda_returns(rollout.rewards, first.values, rollout.ends, gamma, lambda_)[:, :-1]
+        returns = lambda_returns(rollout.rewards, source.values, rollout.ends, gamma, lambda_)[:, :-1]
         earlier_ends = rollout.ends.cumsum(dim=1) - rollout.ends.long()  # (N, L)
         counted = ((earlier_ends == 0) | after_end)[:, :-1].float()  # (N, L - 1)
-        advantages = returns - first.values[:, :-1]
+        advantages = returns - source.values[:, :-1]
 
     def mean(x: Tensor) -> Tensor:  # (N, L - 1) -> its mean over counted steps
         return (x * counted).sum() / counted.sum()
@@ -195,9 +195,9 @@ def actor_critic_loss(rollout: Rollout, gamma: float, lambda_: float, entropy_we
     values, entropy = rollout.values[:, :-1], mean(policy.entropy())
     log_probs = policy.log_prob(rollout.actions[:, :-1])
     gain = log_probs * advantages
-    if rollout.dreamed:  # after `reuse`: PPO's objective
-        drawn = Categorical(logits=first.logits[:, :-1], validate_args=False).log_prob(rollout.actions[:, :-1])
-        ratio, scaled = (log_probs - drawn).exp(), advantages / mean(advantages.square()).sqrt().clamp(min=1e-6)
+    if rollout.dreamed:  # PPO's objective (N, L - 1): how much more likely the action has become, clipped
+        old = Categorical(logits=source.logits[:, :-1], validate_args=False).log_prob(rollout.actions[:, :-1])
+        ratio, scaled = (log_probs - old).exp(), advantages / mean(advantages.square()).sqrt().clamp(min=1e-6)
         gain = torch.minimum(ratio * scaled, ratio.clamp(0.8, 1.2) * scaled)
     losses = {"policy": -mean(gain), "value": mean((values - returns) ** 2), "entropy_bonus": -entropy_weight * entropy}
     metrics = {"entropy": entropy.detach(), "mean_value": mean(values.detach()), "mean_lambda_return": mean(returns)}
@@ -206,10 +206,10 @@ def actor_critic_loss(rollout: Rollout, gamma: float, lambda_: float, entropy_we
 
 
 def reuse(actor_critic: ActorCritic, dreams: Rollout, which: Tensor) -> Rollout:
-    """Episodes `which` (n,) of N, with logits and values of the present weights, to train on once more [ours].
+    """Episodes `which` (n,) of N, with the present weights' logits and values, to train on once more [ours].
 
-    Small models learn faster than they dream. `actor_critic_loss` takes PPO's objective for them (arXiv 1707.06347):
-    advantages as dreamed, by their root mean square, times the probability's ratio to that when drawn, clipped at 0.2."""
+    In small models, dreaming costs the most. `actor_critic_loss` then takes PPO's objective (arXiv 1707.06347): the new
+    over the old probability of an action, clipped to 0.8 to 1.2, times its advantage over the advantages' RMS."""
     names = ("logits", "values", "actions", "rewards", "ends")
     dreamed = Rollout(*(getattr(dreams, name)[which].detach() for name in names), [])
     steps, state = [], tuple(part[which] for part in dreams.state)
@@ -244,7 +244,7 @@ class FadingCatch:
 
 
 def lesson(updates: int = 500) -> None:
-    """From row 3 the ball is hidden. Without memory one meets it in a game of four, -0.5 a game; with it, up to 1."""
+    """From row 3 the ball is hidden. Without memory one meets it once in four games, -0.5 a game; with it, up to 1."""
     torch.manual_seed(0)
     actor_critic = ActorCritic(3, ActorCriticConfig(channels=(8, 8, 16, 16), lstm_width=64))
     optimizer = torch.optim.Adam(actor_critic.parameters(), lr=3e-3)
@@ -253,7 +253,7 @@ def lesson(updates: int = 500) -> None:
         state = actor_critic.warm_up(game.past, game.mask)
         rollout = imagine(actor_critic, game, game.draw(game.row), state, horizon=8)  # 7 steps to the end, and one
         losses, metrics = actor_critic_loss(rollout, gamma=0.995, lambda_=0.95, entropy_weight=0.003, after_end=False)
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, 2 * (1 - update / updates))
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, 2 * (1 - (update - 1) / updates))
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
