@@ -338,7 +338,8 @@ LESSONS = {  # what is said at the end, what has to be true of the numbers in it
         lambda ball, paddle, reward, caught: ball > 75 and paddle > 40 and reward > 70 and caught > 30, (4, 7),
     ),
     "iris_agent.py": (
-        r"with warm_up: (-?\d\.\d+) .*without warm_up: (-?\d\.\d+)", lambda memory, none: memory > 0.8 > 0.3 > none, None
+        r"with warm_up: (-?\d\.\d+) .*without warm_up: (-?\d\.\d+)",  # without memory, -0.5 is the best
+        lambda memory, none: memory > 0.8 > -0.2 > none, None,
     ),
 }  # fmt: skip
 
