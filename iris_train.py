@@ -98,6 +98,7 @@ class Args:
     dream_uses: int = 1  # [ours] Optimiser steps that each dream is used in; from 2 on, by PPO's objective
     burn_in: int = 20  # Real frames that warm up the LSTM, before a dream and where collecting goes on in mid-episode
     horizon: int = 20  # Steps of a dream
+    given: int = 1  # Real frames that a dream goes on from: the paper's one shows no motion, so balls turn round [ours]
     gamma: float = 0.995  # Discount factor
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.95  # Lambda of the lambda-returns
     entropy_weight: float = 0.001  # Weight of the entropy bonus
@@ -410,9 +411,11 @@ def dream_from_replay(run: Run, rng: np.random.Generator, n: int) -> Rollout:
     """n dreams. Each has a segment of burn_in + 1 real frames: the last one starts it, the others warm up the LSTM."""
     args, agent = run.args, run.agent
     segments = run.replay.sample(rng, n, range(-args.burn_in, 1), args.draw)
+    actions = torch.from_numpy(run.replay.actions[segments[0]]).to(run.device)
     indices, mask = (torch.from_numpy(x).to(run.device) for x in segments)  # (n, burn_in + 1)
     state = agent.actor_critic.warm_up(to_model(run.decoded[indices[:, :-1]]), mask[:, :-1])
-    first = run.dream.reset_from_tokens(run.tokens[indices[:, -1]])
+    blocks = torch.cat([run.tokens[indices], actions[..., None]], dim=2)[:, -args.given :]  # (n, given, K + 1)
+    first = run.dream.reset_from_tokens(blocks.flatten(1)[:, :-1])
     return imagine(agent.actor_critic, run.dream, first, state, args.horizon)
 
 
@@ -876,9 +879,6 @@ def main(args: Args) -> None:  # raises IrisError, and KeyboardInterrupt when st
             gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else "laptop takes an hour, paper weeks"
             print(f"--preset {args.preset} in {args.precision} on {run.device} ({gpu})", flush=True)
             print(f"Run folder: {run.folder}   (tensorboard --logdir {run.folder.parent})", flush=True)
-            for name in get_args(Model):
-                if (start := getattr(args, f"{name}_from")) > args.epochs:
-                    print(f"The {name} trains from epoch {start} on, so not within {args.epochs} epochs.", flush=True)
             train(run)
         print(f"Done: {args.epochs} epochs, {len(run.replay)} environment steps. The agent: {run.folder}/checkpoint.pt")
     except KeyboardInterrupt:

@@ -221,8 +221,7 @@ class WorldModel(nn.Module):
 def sample(logits: Tensor) -> Tensor:
     """Logits (..., V) -> classes (...) int64, drawn from their softmax.
 
-    The Gumbel-max trick: the argmax of logits plus Gumbel noise, -log Exp(1), has the distribution of their softmax.
-    Unlike `torch.multinomial`, it never makes the host wait for a GPU.
+    The Gumbel-max trick: logits plus Gumbel noise, -log Exp(1), and argmax. `torch.multinomial` would wait for a GPU.
     """
     return (logits.float() - torch.empty_like(logits, dtype=torch.float32).exponential_().log()).argmax(dim=-1)
 
@@ -255,12 +254,13 @@ class Dream:
 
     @torch.no_grad()
     def reset_from_tokens(self, tokens: Tensor) -> Tensor:
-        """The same for frames that are tokens (N, K) already. Raises ValueError if K is not the world model's."""
-        if tokens.shape[1] != (k := self.world_model.config.tokens_per_frame):
-            raise ValueError(f"the tokenizer makes {tokens.shape[1]} tokens a frame, the world model reads {k}")
+        """The same for tokens (N, K), or (N, T): of earlier frames and actions, then of the last. Else ValueError."""
+        k, t = self.world_model.config.tokens_per_frame, tokens.shape[1]
+        if (t + 1) % (k + 1):
+            raise ValueError(f"{t} tokens: a dream starts from frames of {k} tokens, with an action between two")
         self.context = tokens
         self.cache, self.filled = self.new_cache(len(tokens)), 0  # how many positions it holds
-        return self.tokenizer.decode(tokens)
+        return self.tokenizer.decode(tokens[:, -k:])
 
     def new_cache(self, n: int) -> list[Tensor]:
         return self.world_model.new_cache(n)

@@ -503,6 +503,23 @@ def test_each_phase_trains_its_own_model_only(run):
         assert changed == {name}
 
 
+def test_a_dream_goes_on_from_as_many_real_frames_and_actions_as_are_given(run, monkeypatch):
+    iris_train.collect(run)
+    iris_train.encode_replay(run)
+    begun, reset = [], run.dream.reset_from_tokens
+    monkeypatch.setattr(run.dream, "reset_from_tokens", lambda tokens: begun.append(tokens) or reset(tokens))
+    for run.args.given in (1, 3):
+        state = run.rng.bit_generator.state
+        iris_train.dream_from_replay(run, run.rng, 4)
+        run.rng.bit_generator.state = state
+        indices, _ = run.replay.sample(run.rng, 4, range(-run.args.burn_in, 1), run.args.draw)
+        for row, tokens in zip(indices, begun.pop().tolist(), strict=True):
+            expected = run.tokens[row[-1]].tolist()
+            for index in row[-2 : -run.args.given - 1 : -1]:
+                expected = [*run.tokens[index].tolist(), int(run.replay.actions[index]), *expected]
+            assert tokens == expected
+
+
 def test_with_dream_uses_3_each_dream_is_learned_from_three_times_in_random_company(run, monkeypatch):
     iris_train.collect(run)
     iris_train.encode_replay(run)
@@ -978,16 +995,6 @@ def test_arguments_of_another_type_as_in_a_damaged_checkpoint_are_refused(run, c
     torch.save(content, path)
     with pytest.raises(IrisError, match="has to be of type"):
         resumed(run)
-
-
-def test_models_that_no_epoch_of_the_run_trains_are_named_in_one_line_each(tmp_path, capsys):
-    flags = ["--epochs", "1", "--eval-every", "0", "--world-model-from", "7", "--actor-critic-from", "8"]
-    iris_train.main(parse_args([*FAST, "--env-id", "Counter-v0", "--run-dir", str(tmp_path / "run"), *flags]))
-    said = [line for line in capsys.readouterr().out.splitlines() if "trains from epoch" in line]
-    assert said == [
-        "The world_model trains from epoch 7 on, so not within 1 epochs.",
-        "The actor_critic trains from epoch 8 on, so not within 1 epochs.",
-    ]
 
 
 def test_init_from_takes_over_the_chosen_models_only(run, tmp_path):

@@ -195,7 +195,8 @@ def test_dream_steps_have_the_promised_shapes_and_values(bf16):
             assert not frames.requires_grad
 
 
-def test_every_dreamed_token_is_drawn_from_the_logits_of_the_full_forward_pass_even_across_refills(monkeypatch):
+@pytest.mark.parametrize("given", [1, 3])
+def test_every_dreamed_token_is_drawn_from_the_logits_of_the_full_forward_pass_even_across_refills(given, monkeypatch):
     """The dream is long enough to refill twice. The oracle knows only which tokens the model should have before it."""
     dream, blocks, drawn = small_dream(), SMALL.max_blocks, []
 
@@ -204,9 +205,12 @@ def test_every_dreamed_token_is_drawn_from_the_logits_of_the_full_forward_pass_e
         return logits.argmax(dim=-1)
 
     monkeypatch.setattr(iris_world_model, "sample", greedy)
-    frames = torch.rand(2, 3, 64, 64)
-    dream.reset(frames)
-    context, refills = dream.tokenizer.encode(frames), 0  # the latest part of all that was seen and done
+    frames, refills = torch.rand(2, 3, 64, 64), 0
+    context = dream.tokenizer.encode(frames)  # the latest part of all that was seen and done
+    for _ in range(given - 1):  # earlier frames and actions, where the dream goes on from several
+        context = torch.cat([torch.randint(V, (2, K)), torch.randint(A, (2, 1)), context], dim=1)
+    seen = dream.reset(frames) if given == 1 else dream.reset_from_tokens(context)
+    assert torch.equal(seen, dream.tokenizer.reconstruct(frames))
     for _ in range(9):
         action = torch.randint(A, (2,))
         drawn.clear()
@@ -291,7 +295,7 @@ def test_nothing_in_a_dreamed_step_is_read_back_to_the_host():
 def test_tokenizer_and_world_model_that_do_not_fit_are_refused():
     dream = small_dream()
     other = Dream(dream.tokenizer, WorldModel(V, A, WorldModelConfig(tokens_per_frame=4, layers=1, heads=1, width=8)))
-    with pytest.raises(ValueError, match="16 tokens a frame.*reads 4"):
+    with pytest.raises(ValueError, match="^16 tokens: .* frames of 4"):
         other.reset(torch.rand(1, 3, 64, 64))
 
 
