@@ -124,7 +124,7 @@ LAPTOP = Args(
     tokenizer_from=3, tokenizer_until=12, tokenizer_steps=500, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
     world_model_from=11, world_model_steps=600, world_model_batch_size=8, world_model_learning_rate=1e-3,
     actor_critic_from=19, actor_critic_steps=352, actor_critic_batch_size=16, actor_critic_learning_rate=1e-3,
-    dream_uses=4, burn_in=10, entropy_weight=0.01, gamma=0.99, after_end=False, decay_epochs=15, draw="steps",
+    dream_uses=4, burn_in=10, given=4, entropy_weight=0.01, gamma=0.99, after_end=False, decay_epochs=15, draw="steps",
     tokenizer=replace(SMALL_TOKENIZER, vocab_size=512, code_dim=64, worst_values=12), test_episodes=8, eval_every=10,
     world_model=WorldModelConfig(max_blocks=10, layers=2, heads=2, width=128, dropout=0.0, init_std=0.06),
     actor_critic=ActorCriticConfig(channels=(16, 32, 32), lstm_width=256, patch=2),
@@ -134,8 +134,8 @@ CATCH = replace(
     LAPTOP, preset="catch", env_id="tests.catch:Catch-v0", epochs=36, collect_epochs=36, collect_steps=200,
     draw="episodes", tokenizer_until=14, tokenizer_steps=100, tokenizer=SMALL_TOKENIZER, world_model_from=9,
     world_model_steps=200, world_model_batch_size=32, actor_critic_from=13, actor_critic_steps=50, dream_uses=1,
-    actor_critic_batch_size=64, horizon=8, burn_in=2, entropy_weight=0.02, decay_epochs=0, eval_every=5, test_envs=40,
-    test_episodes=40, world_model=replace(LAPTOP.world_model, max_blocks=4),
+    actor_critic_batch_size=64, horizon=8, burn_in=2, given=1, entropy_weight=0.02, decay_epochs=0, eval_every=5,
+    test_envs=40, test_episodes=40, world_model=replace(LAPTOP.world_model, max_blocks=4),
     actor_critic=replace(LAPTOP.actor_critic, lstm_width=128),
 )  # fmt: skip
 PRESETS = {"paper": Args(), "laptop": LAPTOP, "catch": CATCH}

@@ -237,14 +237,14 @@ class Dream:
                 16 times: context += a token ~ softmax of the observation head at the last position
                 frame = decode(the last 16 tokens)
 
-    A dream may be longer than 20 blocks. When the next frame does not fit any more, the latest 10 blocks are kept
+    A dream may be longer than 20 blocks. When the next frame does not fit any more, the latest 15 blocks are kept
     [ours; the published code keeps the last frame alone, which shows no motion]. They are read again from position 0
     on, for position embeddings are absolute. An end does not stop a dream, but steps after it are untrained: skip them.
     """
 
     def __init__(self, tokenizer, world_model: WorldModel):
         self.tokenizer, self.world_model = tokenizer, world_model
-        self.kept_blocks = world_model.config.max_blocks // 2  # from 1, the published way, to max_blocks - 1
+        self.kept_blocks = 3 * world_model.config.max_blocks // 4  # from 1, the published way, to max_blocks - 1
         self.context: Tensor | None = None  # (N, T): all that the next prediction may depend on
 
     @torch.no_grad()
@@ -276,7 +276,7 @@ class Dream:
         model, config = self.world_model, self.world_model.config
         self.context = torch.cat([self.context, actions[:, None]], dim=1)
         # This step reads 15 more tokens: a frame's last one is read in the next step, with the action. With 20 blocks,
-        # after the 20th action, the context has 340 tokens, 355 are needed, and 170 are kept.
+        # after the 20th action, the context has 340 tokens, 355 are needed, and 255 are kept.
         if self.context.shape[1] + next_frame * (config.tokens_per_frame - 1) > config.max_tokens:
             self.context, self.filled = self.context[:, -self.kept_blocks * config.block_size :], 0
         h, logits = self.read()  # at the action
@@ -318,7 +318,7 @@ class CompiledDream(Dream):
         mode = "reduce-overhead" if world_model.positions.is_cuda else None  # this is what makes CUDA graphs
         self.compiled = torch.compile(predict, mode=mode, fullgraph=True, dynamic=False)
         self.caches: dict = {}
-        torch._dynamo.config.recompile_limit = 64  # T is 17, 1, 2 or 170, for each batch size
+        torch._dynamo.config.recompile_limit = 64  # T is 17, 1, 2 or 255, for each batch size
 
     def new_cache(self, n: int) -> list[Tensor]:
         key = n, torch.is_autocast_enabled(self.world_model.positions.device.type)  # which decides the type

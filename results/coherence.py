@@ -4,7 +4,7 @@
 
 The agent plays real games. Dreams begin with the first frames of their segments and are given the same actions; each
 of their frames is held against the real one. Done twice on the same segments: once the project's way, which refills a
-full context with the latest half of its blocks, and once the published way, which flushes it to the last frame.
+full context with the latest three quarters of its blocks, and once the published way, which flushes it to the last frame.
 The error is that of the pixels that move, those that differ from the median frame by over 0.1 in either picture: a
 dream whose ball is elsewhere is wrong at both places.
 """

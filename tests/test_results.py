@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import aggregate
+import ends
 import export
 import games  # noqa: F401  registers the small games
 import iris_train
@@ -55,6 +56,15 @@ def test_games_with_other_numbers_of_runs_are_refused():
     assert aggregate.normalise({"B": [1.0], "A": [3.0]}, reference).tolist() == [[3.0], [0.5]]
     with pytest.raises(ValueError, match="as many runs"):
         aggregate.normalise({"A": [1.0], "B": [1.0, 2.0]}, reference)
+
+
+def test_starts_are_told_apart_by_whether_their_life_ends_in_the_steps_to_come():
+    play = np.zeros(60, iris_train.STEP)
+    play["ends"][[9, 39]] = 1  # lives of steps 0 to 9, 10 to 39, and 40 to 59, which goes on
+    options = ends.Options("", given=2, steps=8, starts=4)
+    steps, after, going_on = ends.choose(iris_train.Steps(play), options)
+    assert sorted(zip(steps, after, strict=True)) == [(31, 8), (32, 7), (33, 6), (34, 5)]  # of the later half
+    assert len(set(going_on)) == 4 and set(going_on) <= {30, *range(41, 51)}
 
 
 # --- models that come with the clone ----------------------------------------------------------------------------------

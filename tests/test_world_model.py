@@ -218,7 +218,7 @@ def test_every_dreamed_token_is_drawn_from_the_logits_of_the_full_forward_pass_e
         decoded, rewards, ends = dream.step(action)
         context = torch.cat([context, action[:, None]], dim=1)
         if context.shape[1] + 15 > blocks * 17:
-            context, refills = context[:, -(blocks // 2) * 17 :], refills + 1
+            context, refills = context[:, -(3 * blocks // 4) * 17 :], refills + 1
             assert dream.filled < filled_before + 17
         observation_logits, reward_logits, end_logits = last_logits(dream.world_model, context)
         expected = [reward_logits, end_logits]
@@ -240,7 +240,7 @@ def test_a_refill_remembers_more_than_the_last_frame():
     for _ in range(8):
         dream.step(torch.zeros(1, dtype=torch.int64))
         filled.append(dream.filled)
-    assert min(filled[3:]) >= 17 * (SMALL.max_blocks // 2) + 15
+    assert min(filled[3:]) >= 17 * (3 * SMALL.max_blocks // 4) + 15
     dream.kept_blocks = 1  # the published way
     for _ in range(8):
         dream.step(torch.zeros(1, dtype=torch.int64))
