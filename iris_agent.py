@@ -18,8 +18,9 @@ Reuse it:  copy this file; it needs torch only (its last section, published chec
 
     import torch
     from iris_agent import ActorCritic
-    actor_critic = ActorCritic(num_actions=4)
-    logits, values, state = actor_critic(torch.rand(2, 3, 64, 64), actor_critic.initial_state(2))
+    actor_critic, mask = ActorCritic(num_actions=4), torch.ones(2, 20, dtype=torch.bool)
+    state = actor_critic.warm_up(torch.rand(2, 20, 3, 64, 64), mask)
+    logits, values, state = actor_critic(torch.rand(2, 3, 64, 64), state)
 
 A training step, with tokenizer and dream of chapters 1 and 2, N segments of real frames (N, 21, 3, 64, 64), and a mask
 (N, 20), False at padding, which stands before an episode's first frame:
@@ -34,7 +35,7 @@ are drawn from torch's global generator. [paper] is IRIS or its code, [ours] is 
 """
 import re
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -127,17 +128,16 @@ class Rollout:
     rewards: Tensor  # in {-1, 0, 1}
     ends: Tensor  # bool
     frames: list[Tensor]  # L times (N, 3, 64, 64), what the agent saw at each step
-    state: State | None = None  # the LSTM's before the first frame, for `reuse`
-    dreamed: "Rollout | None" = None  # after `reuse`: the same episodes, as they were dreamed
 
 
 def imagine(actor_critic: ActorCritic, dream, frames: Tensor, state: State, horizon: int) -> Rollout:
     """Steps a dream `horizon` times, from frames (N, 3, 64, 64) on, with sampled actions [paper, section 2.3].
 
-    `dream.step(actions (N,), next_frame)` returns new frames (N, 3, 64, 64), rewards (N,), ends (N,) bool, like chapter
-    2's; at the last step next_frame is False, and the frames may be None. An end stops nothing and resets nothing.
+    `dream.step(actions (N,), next_frame)` returns frames (N, 3, 64, 64), rewards (N,) and ends (N,) bool, as in chapter
+    2; at the last step next_frame is False, and the frames may be None. An end neither stops the dream nor resets the
+    LSTM. Gradients run through the LSTM's states; frames and actions have none, and REINFORCE needs none.
     """
-    steps, seen, frames, start = [], [], frames.detach(), state
+    steps, seen, frames = [], [], frames.detach()
     for t in range(horizon):
         seen.append(frames)
         logits, values, state = actor_critic(frames, state)
@@ -146,14 +146,15 @@ def imagine(actor_critic: ActorCritic, dream, frames: Tensor, state: State, hori
             frames, rewards, ends = dream.step(actions, next_frame=t + 1 < horizon)
         steps.append((logits, values, actions, rewards, ends))
     logits, values, actions, rewards, ends = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
-    return Rollout(logits, values, actions, rewards, ends, seen, start)
+    return Rollout(logits, values, actions, rewards, ends, seen)
 
 
 def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, lambda_: float) -> Tensor:
     """Rewards, values and ends (N, L) -> lambda-returns (N, L) [paper, section 2.3; Sutton and Barto, section 12.1].
 
     R_t = r_t + gamma * (1 - end_t) * ((1 - lambda) * v_{t+1} + lambda * R_{t+1}), backwards from R_{L-1} = v_{L-1}: the
-    last value stands for all that follows; the last reward and end are not used. With gamma 0.5 and lambda 0.5:
+    last value stands for all that follows; the last reward and end are not used. Lambda 0 gives r_t + gamma * v_{t+1},
+    lambda 1 the discounted sum of the rewards and the last value. An example with gamma 0.5 and lambda 0.5:
 
         step      0       1      2     3     4
         reward    0       1      1     0     1
@@ -172,7 +173,7 @@ def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, 
 def actor_critic_loss(rollout: Rollout, gamma: float, lambda_: float, entropy_weight: float, after_end: bool = True):
     """-> a dict of losses, whose sum is minimised, and a dict of metrics to log, all scalar [paper, section 2.3].
 
-        policy         mean of -log pi(a_t) * (R_t - v_t), REINFORCE; after `reuse`, PPO's; no gradient to R, v
+        policy         mean of -log pi(a_t) * (R_t - v_t), REINFORCE with the value as baseline; no gradient to R, v
         value          mean of (v_t - R_t)^2; no gradient to R
         entropy_bonus  -entropy_weight * mean entropy of pi
 
@@ -181,43 +182,28 @@ def actor_critic_loss(rollout: Rollout, gamma: float, lambda_: float, entropy_we
     """
     if rollout.rewards.shape[1] < 2:
         raise ValueError("a rollout needs 2 steps or more: its last step is only the bootstrap")
-    source = rollout.dreamed or rollout  # after `reuse`, returns and advantages are those of the dream
     with torch.no_grad():
-        returns = lambda_returns(rollout.rewards, source.values, rollout.ends, gamma, lambda_)[:, :-1]
+        returns = lambda_returns(rollout.rewards, rollout.values, rollout.ends, gamma, lambda_)[:, :-1]
         earlier_ends = rollout.ends.cumsum(dim=1) - rollout.ends.long()  # (N, L)
         counted = ((earlier_ends == 0) | after_end)[:, :-1].float()  # (N, L - 1)
-        advantages = returns - source.values[:, :-1]
+        advantages = returns - rollout.values[:, :-1]
 
     def mean(x: Tensor) -> Tensor:  # (N, L - 1) -> its mean over counted steps
         return (x * counted).sum() / counted.sum()
 
-    policy = Categorical(logits=rollout.logits[:, :-1], validate_args=False)  # checks would wait for the GPU
-    values, entropy = rollout.values[:, :-1], mean(policy.entropy())
-    log_probs = policy.log_prob(rollout.actions[:, :-1])
-    gain = log_probs * advantages
-    if rollout.dreamed:  # PPO's objective (N, L - 1): how much more likely the action has become, clipped
-        old = Categorical(logits=source.logits[:, :-1], validate_args=False).log_prob(rollout.actions[:, :-1])
-        ratio, scaled = (log_probs - old).exp(), advantages / mean(advantages.square()).sqrt().clamp(min=1e-6)
-        gain = torch.minimum(ratio * scaled, ratio.clamp(0.8, 1.2) * scaled)
-    losses = {"policy": -mean(gain), "value": mean((values - returns) ** 2), "entropy_bonus": -entropy_weight * entropy}
-    metrics = {"entropy": entropy.detach(), "mean_value": mean(values.detach()), "mean_lambda_return": mean(returns)}
-    metrics |= {"imagined_reward": mean(rollout.rewards[:, :-1]), "imagined_end": mean(rollout.ends[:, :-1].float())}
+    # validate_args would make the CPU wait for the GPU.
+    values, policy = rollout.values[:, :-1], Categorical(logits=rollout.logits[:, :-1], validate_args=False)
+    entropy = mean(policy.entropy())
+    losses = {
+        "policy": mean(-policy.log_prob(rollout.actions[:, :-1]) * advantages),
+        "value": mean((values - returns).square()),
+        "entropy_bonus": -entropy_weight * entropy,
+    }
+    metrics = {
+        "entropy": entropy.detach(), "mean_value": mean(values.detach()), "mean_lambda_return": mean(returns),
+        "imagined_reward": mean(rollout.rewards[:, :-1]), "imagined_end": mean(rollout.ends[:, :-1].float()),
+    }  # fmt: skip
     return losses, metrics
-
-
-def reuse(actor_critic: ActorCritic, dreams: Rollout, which: Tensor) -> Rollout:
-    """Episodes `which` (n,) of N, with the present weights' logits and values, to train on once more [ours].
-
-    In small models, dreaming costs the most. `actor_critic_loss` then takes PPO's objective (arXiv 1707.06347): the new
-    over the old probability of an action, clipped to 0.8 to 1.2, times its advantage over the advantages' RMS."""
-    names = ("logits", "values", "actions", "rewards", "ends")
-    dreamed = Rollout(*(getattr(dreams, name)[which].detach() for name in names), [])
-    steps, state = [], tuple(part[which] for part in dreams.state)
-    for frames in dreams.frames:
-        logits, values, state = actor_critic(frames[which], state)
-        steps.append((logits, values))
-    logits, values = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
-    return replace(dreamed, logits=logits, values=values, dreamed=dreamed)
 
 
 # --- The lesson: python iris_agent.py learns a game of memory ---------------------------------------------------------
@@ -278,13 +264,18 @@ RENAMES = (  # published name -> ours: regular expressions, applied one after th
 
 
 def load_official_checkpoint(path: Path | str) -> Agent:
-    """A published checkpoint -> an Agent, on the CPU. Raises as `torch.load` does, and as `official_agent`."""
-    return official_agent(torch.load(path, map_location="cpu", weights_only=True))
+    """A published checkpoint -> an Agent of the paper's sizes, on the CPU, in eval mode. Raises OSError, ValueError."""
+    try:
+        return official_agent(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # torch.load has many errors for files that are cut short or of another kind
+        raise ValueError(f"{path} is no published IRIS checkpoint: {' '.join(repr(error).split())}") from error
 
 
 def official_agent(weights: dict[str, Tensor]) -> Agent:
     """Published weights -> the Agent; what no layer needs, such as `tokenizer.lpips.*`, is ignored. Raises KeyError
-    for a missing weight and RuntimeError for one of another shape, both with its name."""
+    for a missing weight and ValueError for one of another shape, both with its name."""
     from iris_tokenizer import Tokenizer, TokenizerConfig
     from iris_world_model import WorldModel, WorldModelConfig
 
@@ -302,7 +293,10 @@ def official_agent(weights: dict[str, Tensor]) -> Agent:
     num_actions = len(state["actor_critic.actor_linear.weight"])
     world_model = WorldModel(TokenizerConfig.vocab_size, num_actions, WorldModelConfig())
     agent = Agent(Tokenizer(TokenizerConfig()), world_model, ActorCritic(num_actions)).eval()
-    agent.load_state_dict({name: state[name] for name, _ in agent.named_parameters()}, strict=False)  # no buffers
+    for name, parameter in agent.named_parameters():
+        if state[name].shape != parameter.shape:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
+        parameter.data.copy_(state[name])
     return agent
 
 

@@ -10,6 +10,7 @@ section 2 and appendix A). Tokenizer and world model learn from real play, the p
          epochs 1 to 500   from epoch 6                        from epoch 26       from epoch 51
 
 Run it:   python iris_train.py --env-id BreakoutNoFrameskip-v4    # the paper's run; without a GPU --preset laptop
+          python iris_train.py --resume runs/...                                  # goes on as if never stopped
 Read it:  arguments, all of them the paper's by default; environment, replay; then `train`, the algorithm, and what it
 calls; checkpoints and start-up last. [paper] is IRIS or its code, [Delta-IRIS] arXiv 2406.19320, [ours] neither.
 """
@@ -27,7 +28,6 @@ import timeit
 import zipfile
 from collections import defaultdict, deque
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Callable, Literal, get_args
 
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
-from iris_agent import ActorCritic, ActorCriticConfig, Agent, Rollout, actor_critic_loss, imagine, official_agent, reuse
+from iris_agent import ActorCritic, ActorCriticConfig, Agent, Rollout, actor_critic_loss, imagine, official_agent
 from iris_tokenizer import FRAME_SIZE, SMALL_TOKENIZER, Lpips, Tokenizer, TokenizerConfig, labelled_rows, load_lpips
 from iris_world_model import CompiledDream, Dream, WorldModel, WorldModelConfig
 
@@ -95,7 +95,6 @@ class Args:
     actor_critic_steps: int = 200  # Optimiser steps an epoch
     actor_critic_batch_size: int = 64  # Dreams a step
     actor_critic_learning_rate: float = 1e-4  # Learning rate of Adam
-    dream_uses: int = 1  # [ours] Optimiser steps that each dream is used in; from 2 on, by PPO's objective
     burn_in: int = 20  # Real frames that warm up the LSTM, before a dream and where collecting goes on in mid-episode
     horizon: int = 20  # Steps of a dream
     given: int = 1  # Real frames that a dream goes on from: the paper's one shows no motion, so balls turn round [ours]
@@ -123,8 +122,8 @@ LAPTOP = Args(
     preset="laptop", epochs=50, collect_epochs=50, collect_steps=2000, max_frames=10_000, test_max_frames=10_000,
     tokenizer_from=3, tokenizer_until=12, tokenizer_steps=500, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
     world_model_from=11, world_model_steps=600, world_model_batch_size=8, world_model_learning_rate=1e-3,
-    actor_critic_from=19, actor_critic_steps=352, actor_critic_batch_size=16, actor_critic_learning_rate=1e-3,
-    dream_uses=4, burn_in=10, given=4, entropy_weight=0.01, gamma=0.99, after_end=False, decay_epochs=15, draw="steps",
+    actor_critic_from=15, actor_critic_steps=100, actor_critic_batch_size=16, actor_critic_learning_rate=1e-3,
+    burn_in=10, given=4, entropy_weight=0.003, gamma=0.99, after_end=False, decay_epochs=15, draw="steps",
     tokenizer=replace(SMALL_TOKENIZER, vocab_size=512, code_dim=64, worst_values=12), test_episodes=8, eval_every=10,
     world_model=WorldModelConfig(max_blocks=10, layers=2, heads=2, width=128, dropout=0.0, init_std=0.06),
     actor_critic=ActorCriticConfig(channels=(16, 32, 32), lstm_width=256, patch=2),
@@ -133,7 +132,7 @@ LAPTOP = Args(
 CATCH = replace(
     LAPTOP, preset="catch", env_id="tests.catch:Catch-v0", epochs=36, collect_epochs=36, collect_steps=200,
     draw="episodes", tokenizer_until=14, tokenizer_steps=100, tokenizer=SMALL_TOKENIZER, world_model_from=9,
-    world_model_steps=200, world_model_batch_size=32, actor_critic_from=13, actor_critic_steps=50, dream_uses=1,
+    world_model_steps=200, world_model_batch_size=32, actor_critic_from=13, actor_critic_steps=50,
     actor_critic_batch_size=64, horizon=8, burn_in=2, given=1, entropy_weight=0.02, decay_epochs=0, eval_every=5,
     test_envs=40, test_episodes=40, world_model=replace(LAPTOP.world_model, max_blocks=4),
     actor_critic=replace(LAPTOP.actor_critic, lstm_width=128),
@@ -365,7 +364,7 @@ def train(run: Run) -> None:
         if run.epoch >= args.actor_critic_from:
             agent.actor_critic.mean.copy_(agent.tokenizer.mean)  # 0.5, unless `fit_pixels` was called
             agent.actor_critic.std.copy_(agent.tokenizer.std)
-            optimise(run, "actor_critic", partial(actor_critic_losses, dreams=[]))
+            optimise(run, "actor_critic", actor_critic_losses)
 
         if args.eval_every and run.epoch % args.eval_every == 0:
             evaluate(run)
@@ -389,14 +388,9 @@ def world_model_losses(run: Run, n: int) -> tuple[dict, dict]:
     return run.agent.world_model.loss(run.tokens[torch.from_numpy(indices).to(run.device)], *columns), {}
 
 
-def actor_critic_losses(run: Run, n: int, dreams: list[tuple[Rollout, Tensor]]) -> tuple[dict, dict]:
-    """Losses and metrics on n dreams. [ours] With `dream_uses` k they come from `dreams`: k parts of k * n, k times."""
-    args, k = run.args, run.args.dream_uses
-    if k > 1 and not dreams:
-        with torch.no_grad():
-            rollout = dream_from_replay(run, run.rng, k * n)
-        dreams += [(rollout, part) for _ in range(k) for part in torch.randperm(k * n, device=run.device).chunk(k)]
-    rollout = reuse(run.agent.actor_critic, *dreams.pop()) if k > 1 else dream_from_replay(run, run.rng, n)
+def actor_critic_losses(run: Run, n: int) -> tuple[dict, dict]:
+    """Losses and metrics on n dreams."""
+    args, rollout = run.args, dream_from_replay(run, run.rng, n)
     return actor_critic_loss(rollout, args.gamma, args.lambda_, args.entropy_weight, args.after_end)
 
 
@@ -510,6 +504,7 @@ def collect(run: Run) -> None:
         save_episode(run.folder / "media/episodes/train", f"step_{begin:07d}", replay.array[begin:stop])
     if games:
         run.metrics["charts/episodic_return"] = np.mean([replay.rewards[begin:stop].sum() for begin, stop in games])
+        run.metrics["charts/episodic_length"] = np.mean([stop - begin for begin, stop in games])
 
 
 @torch.no_grad()
@@ -766,8 +761,7 @@ def check_memory(args: Args, num_actions: int) -> None:
     """Raises IrisError for what can't fit: weights, gradients, Adam's moments, and a batch's frames or embeddings."""
     with torch.device("meta"):  # tensors without memory
         weights = sum(weight.numel() for weight in build_agent(args, num_actions).parameters())
-    dreams = args.dream_uses * args.actor_critic_batch_size
-    frames = max(args.tokenizer_batch_size, dreams * (args.burn_in + args.horizon))
+    frames = max(args.tokenizer_batch_size, args.actor_critic_batch_size * (args.burn_in + args.horizon))
     embeddings = args.world_model_batch_size * args.world_model.max_tokens * args.world_model.width
     needed = 4 * (4 * weights + max(3 * FRAME_SIZE**2 * frames, embeddings) // args.accumulate)
     cuda = args.device != "cpu" and torch.cuda.is_available()
@@ -879,6 +873,9 @@ def main(args: Args) -> None:  # raises IrisError, and KeyboardInterrupt when st
             gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else "laptop takes an hour, paper weeks"
             print(f"--preset {args.preset} in {args.precision} on {run.device} ({gpu})", flush=True)
             print(f"Run folder: {run.folder}   (tensorboard --logdir {run.folder.parent})", flush=True)
+            for name in get_args(Model):
+                if (start := getattr(args, f"{name}_from")) > args.epochs:
+                    print(f"The {name} trains from epoch {start} on, so not within {args.epochs} epochs.", flush=True)
             train(run)
         print(f"Done: {args.epochs} epochs, {len(run.replay)} environment steps. The agent: {run.folder}/checkpoint.pt")
     except KeyboardInterrupt:

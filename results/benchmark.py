@@ -14,7 +14,6 @@ has too little memory, is nan in its table and is named at the end.
 `Plain` is also the reference of `test_speed.py`, which shows that it computes the same.
 """
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -281,7 +280,7 @@ class Options:
     tables: tuple[Literal["plain", "phases", "sharing"], ...] = ("phases", "plain", "sharing")  # What to print
     json: str = ""  # File to keep the figures in
     repeat: int = 3  # Repetitions of each measurement, of which the best counts
-    updates: int = 0  # Phases: the policy's batches of dreams in the part that is timed; 0 is 10 on a GPU, else 2
+    updates: int = 0  # Phases: the policy's updates in the part of an epoch that is timed; 0 is 10 on a GPU, else 2
     seconds: float = 10.0  # Sharing: how long the runs are watched
     # For the program's own use: one measurement, in this process
     only: str = ""
@@ -552,11 +551,9 @@ def random_lpips() -> Lpips:
 
 
 def part_of_epoch(run: iris_train.Run, updates: int) -> dict[str, float]:
-    """Trains the part of an epoch in which the policy has this many batches of dreams, with as many updates each as the
-    preset makes of it -> each phase's seconds for a whole epoch. All frames in replay are given tokens, as after a
-    tokenizer's training; the seconds are those of FRAMES."""
+    """Trains the part of an epoch in which the policy has this many updates -> each phase's seconds for a whole epoch.
+    All frames in replay are given tokens, as after a tokenizer's training; the seconds are those of FRAMES."""
     args, whole, seconds = run.args, PRESETS[run.args.preset], {}
-    updates *= args.dream_uses**2
 
     def timed_phase(name: str, scale: float, function: Callable, *arguments) -> None:
         synchronise(run.device)
@@ -572,7 +569,6 @@ def part_of_epoch(run: iris_train.Run, updates: int) -> dict[str, float]:
 
     def train(name: str) -> None:
         losses_of = getattr(iris_train, f"{name}_losses")
-        losses_of = functools.partial(losses_of, dreams=[]) if name == "actor_critic" else losses_of
         timed_phase(name, steps(f"{name}_steps"), iris_train.optimise, name, losses_of)
 
     timed_phase("play", steps("collect_steps"), iris_train.collect)
@@ -629,7 +625,6 @@ def share(options: Options, device: torch.device, precision: str, compiled: bool
         while spent < options.seconds:
             part_of_epoch(run, 1)
             updates, spent = updates + 1, time.perf_counter() - began
-        updates *= run.args.dream_uses**2
         return {"epochs_per_hour": 3600 * updates / spent / PRESETS[options.preset].actor_critic_steps}
 
 

@@ -1,5 +1,4 @@
 """Chapter 3's promises."""
-import dataclasses
 import math
 
 import pytest
@@ -9,7 +8,7 @@ import iris_agent
 import reference
 from iris_agent import (
     ActorCritic, ActorCriticConfig, Agent, FadingCatch, Rollout, actor_critic_loss, imagine, lambda_returns,
-    load_official_checkpoint, official_agent, reuse,
+    load_official_checkpoint, official_agent,
 )  # fmt: skip
 from iris_tokenizer import Tokenizer, TokenizerConfig
 from iris_world_model import Dream, WorldModel, WorldModelConfig
@@ -218,39 +217,6 @@ def test_imagination_lines_up_frames_actions_rewards_and_ends_and_asks_for_no_fr
     assert gradient.abs().sum() > 0  # through the memory of earlier steps
 
 
-def test_dreams_are_reused_with_the_present_weights_and_the_old_probabilities():
-    model, script = small(), Script(4, 6)
-    state = model.warm_up(torch.rand(4, 2, 3, 64, 64), torch.ones(4, 2, dtype=torch.bool))
-    dreams, which = imagine(model, script, script.shown[0], state, horizon=6), torch.tensor([3, 1])
-    again = reuse(model, dreams, which)
-    for name in ("logits", "values", "actions", "rewards", "ends"):
-        assert torch.allclose(getattr(again, name), getattr(dreams, name)[which], atol=1e-6), name
-    gradients = []
-    for rollout in (again, dataclasses.replace(again, dreamed=None)):
-        losses, _ = actor_critic_loss(rollout, 0.9, 0.9, 0.0)
-        gradients.append(torch.autograd.grad(losses["policy"], model.convolutions.conv1.weight, retain_graph=True)[0])
-    ratio = (gradients[0] / gradients[1])[gradients[1] != 0]  # nothing was learned yet: REINFORCE's, in other units
-    assert 0 < ratio.std() < 1e-3 * ratio.mean()
-    with torch.no_grad():
-        model.critic_linear.bias += 1
-    assert torch.allclose(reuse(model, dreams, which).values, again.values + 1, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("advantage", "ratio", "learns"), [(1, 1.3, False), (1, 0.7, True), (-1, 1.3, True), (-1, 0.7, False)]
-)
-def test_a_reused_dream_drives_no_probability_further_that_has_changed_by_a_fifth(advantage, ratio, learns):
-    logits, zeros = torch.zeros(1, 2, 2, requires_grad=True), torch.zeros(1, 2)
-    actions, rewards = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[5.0 * advantage, 0.0]])
-    old = torch.tensor([0.5 / ratio, 1 - 0.5 / ratio]).log().expand(1, 2, 2)
-    dreamed = Rollout(old, zeros, actions, rewards, zeros.bool(), [])
-    rollout = Rollout(logits, zeros + 9, actions, rewards, zeros.bool(), [], dreamed=dreamed)  # values as dreamed count
-    losses, _ = actor_critic_loss(rollout, 0.9, 0.9, 0.0)
-    losses["policy"].backward()
-    expected = -advantage * ratio * 0.5 if learns else 0.0  # of ratio * advantage / |advantage|, by the action's logit
-    assert logits.grad[0, 0].tolist() == pytest.approx([expected, -expected])
-
-
 def test_imagined_actions_are_drawn_from_the_policy():
     torch.manual_seed(0)
     logits, script = torch.tensor([0.0, 1.0, -1.0]), Script(1, 2)
@@ -352,25 +318,45 @@ def test_each_published_weight_is_used_exactly_once():
         ("world_model.transformer.blocks.9.attn.value.weight", None, "layers.9.attn.value.weight"),
         ("world_model.transformer.blocks.9.attn.query.weight", (256, 128), "size"),
         ("world_model.embedder.embedding_tables.0.weight", None, "embedding_tables.0.weight"),
-        ("world_model.embedder.embedding_tables.0.weight", (6, 256), "world_model.embedding.weight"),
-        ("world_model.pos_emb.weight", (340, 128), "position_embedding.weight"),
+        ("world_model.embedder.embedding_tables.0.weight", (6, 256), "embedding.weight has shape (518, 256)"),
+        ("world_model.pos_emb.weight", (340, 128), "position_embedding.weight has shape (340, 128), not (340, 256)"),
         ("actor_critic.actor_linear.weight", None, "actor_linear.weight"),
-        ("actor_critic.actor_linear.weight", (4, 1), "actor_linear.weight"),
-        ("actor_critic.lstm.weight_hh", (2048, 256), "lstm.weight_hh"),
-        ("tokenizer.decoder.up.0.block.2.conv2.weight", (64, 64, 1, 1), "up_0_block_2.conv2.weight"),
+        ("actor_critic.actor_linear.weight", (), "0-d"),
+        ("actor_critic.lstm.weight_hh", (2048, 256), "lstm.weight_hh has shape (2048, 256), not (2048, 512)"),
+        ("tokenizer.decoder.up.0.block.2.conv2.weight", (64, 64, 1, 1), "up_0_block_2.conv2.weight has shape"),
     ],
 )
-def test_missing_or_misshapen_weight_is_named(tmp_path, name, shape, named):
+def test_missing_or_misshapen_weight_is_named_in_one_line(tmp_path, name, shape, named):
     weights = reference.official_state_dict()
     assert name in weights
     if shape is None:
         del weights[name]
     else:
         weights[name] = torch.zeros(shape)
-    with pytest.raises((KeyError, RuntimeError)) as error:
+    with pytest.raises(ValueError, match="no published IRIS checkpoint") as error:
         load_official_checkpoint(saved(tmp_path, weights))
-    assert named in str(error.value)
+    assert named in str(error.value) and "\n" not in str(error.value)
 
+
+def test_files_that_are_no_checkpoints_are_refused_in_one_line(tmp_path):
+    path = saved(tmp_path, reference.official_state_dict())
+    (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:1_000_000])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save([1, 2, 3], tmp_path / "list.pt")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    torch.save({1: torch.zeros(1)}, tmp_path / "numbers.pt")
+    for name in ("cut", "text", "empty", "list", "other", "numbers"):
+        with pytest.raises(ValueError, match="no file of weights|no published IRIS checkpoint") as error:
+            load_official_checkpoint(tmp_path / f"{name}.pt")
+        assert "\n" not in str(error.value), name
+    for missing in (tmp_path / "none.pt", str(tmp_path)):
+        with pytest.raises(OSError) as error:
+            load_official_checkpoint(missing)
+        assert str(missing) in str(error.value) and "\n" not in str(error.value)
+
+
+# --- the lesson ------------------------------------------------------------------------------------------------------
 
 
 def test_the_lessons_ball_fades_from_row_3_and_pays_where_it_arrives():

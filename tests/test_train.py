@@ -1,6 +1,5 @@
 """Chapter 4's promises, piece by piece; test_command_line.py tests it as a user meets it."""
 import dataclasses
-import functools
 import json
 
 import ale_py
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 import games
-import iris_agent
 import iris_train
 from iris_train import STEP, Args, IrisError, Replay, load_agent, make_env, parse_args, resize_frame
 
@@ -306,8 +304,7 @@ def run(tmp_path):
 
 
 def learn(run, name):
-    losses_of = getattr(iris_train, f"{name}_losses")
-    iris_train.optimise(run, name, functools.partial(losses_of, dreams=[]) if name == "actor_critic" else losses_of)
+    iris_train.optimise(run, name, getattr(iris_train, f"{name}_losses"))
 
 
 def test_each_epoch_runs_the_phases_that_are_due_in_their_order_and_saves_them(run, monkeypatch):
@@ -361,6 +358,7 @@ def test_collect_stores_what_the_game_showed_and_did(run):
         assert replay.ends[begin : stop - 1].sum() == 0 and stop - begin <= 9
     assert (replay.rewards == replay.actions).all()
     last, games = np.flatnonzero(replay.ends)[-1] + 1, replay.ends.sum()
+    assert metrics["charts/episodic_length"] == pytest.approx(last / games)
     assert metrics["charts/episodic_return"] == pytest.approx(replay.rewards[:last].sum() / games)
 
 
@@ -381,6 +379,7 @@ def test_the_return_that_is_logged_is_that_of_whole_games_not_of_lives(run):
     assert ended_now and any(start < 30 for start, _ in ended_now)  # one of them had started in the first half
     returns = [run.replay.rewards[start:stop].sum() for start, stop in ended_now]
     assert run.metrics["charts/episodic_return"] == pytest.approx(np.mean(returns))
+    assert run.metrics["charts/episodic_length"] == pytest.approx(np.mean([stop - start for start, stop in ended_now]))
 
 
 class Draws:
@@ -468,8 +467,7 @@ def test_frames_that_warm_up_a_memory_are_what_the_decoder_makes_of_the_replays_
     seen, warm_up = [], run.agent.actor_critic.warm_up
     monkeypatch.setattr(run.agent.actor_critic, "warm_up", lambda frames, mask: seen.append(frames) or warm_up(frames, mask))
     state = run.rng.bit_generator.state
-    run.args.dream_uses = 1
-    iris_train.actor_critic_losses(run, 2, [])
+    iris_train.actor_critic_losses(run, 2)
     run.rng.bit_generator.state = state
     indices, _ = run.replay.sample(run.rng, 2, range(-run.args.burn_in, 1), run.args.draw)
     assert (seen[0] - decoded[indices[:, :-1]]).abs().max() <= 0.5 / 255 + 1e-6  # 8 bits a pixel
@@ -518,23 +516,6 @@ def test_a_dream_goes_on_from_as_many_real_frames_and_actions_as_are_given(run, 
             for index in row[-2 : -run.args.given - 1 : -1]:
                 expected = [*run.tokens[index].tolist(), int(run.replay.actions[index]), *expected]
             assert tokens == expected
-
-
-def test_with_dream_uses_3_each_dream_is_learned_from_three_times_in_random_company(run, monkeypatch):
-    iris_train.collect(run)
-    iris_train.encode_replay(run)
-    made, used, dream, dreams = [], [], iris_train.dream_from_replay, []
-    run.args.dream_uses = 3
-    monkeypatch.setattr(iris_train, "dream_from_replay", lambda run, rng, n: made.append(n) or dream(run, rng, n))
-    monkeypatch.setattr(
-        iris_train, "reuse", lambda model, dreams, which: used.append(which.tolist()) or iris_agent.reuse(model, dreams, which)
-    )
-    for step in range(10):
-        losses, _ = iris_train.actor_critic_losses(run, 2, dreams)
-        assert all(loss.requires_grad for loss in losses.values())
-    assert made == [6, 6] and len(used) == 10  # 9 steps of 2 dreams use up 6 dreams three times each
-    rounds = [sorted(sum(used[i : i + 3], [])) for i in (0, 3, 6)]
-    assert rounds == [[0, 1, 2, 3, 4, 5]] * 3 and len({str(used[i : i + 3]) for i in (0, 3, 6)}) == 3
 
 
 @pytest.mark.parametrize(("accumulate", "sizes"), [(1, [5]), (2, [3, 2]), (9, [1] * 5)])
@@ -995,6 +976,16 @@ def test_arguments_of_another_type_as_in_a_damaged_checkpoint_are_refused(run, c
     torch.save(content, path)
     with pytest.raises(IrisError, match="has to be of type"):
         resumed(run)
+
+
+def test_models_that_no_epoch_of_the_run_trains_are_named_in_one_line_each(tmp_path, capsys):
+    flags = ["--epochs", "1", "--eval-every", "0", "--world-model-from", "7", "--actor-critic-from", "8"]
+    iris_train.main(parse_args([*FAST, "--env-id", "Counter-v0", "--run-dir", str(tmp_path / "run"), *flags]))
+    said = [line for line in capsys.readouterr().out.splitlines() if "trains from epoch" in line]
+    assert said == [
+        "The world_model trains from epoch 7 on, so not within 1 epochs.",
+        "The actor_critic trains from epoch 8 on, so not within 1 epochs.",
+    ]
 
 
 def test_init_from_takes_over_the_chosen_models_only(run, tmp_path):
