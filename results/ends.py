@@ -73,7 +73,7 @@ def main(options: Options) -> None:
     torch.manual_seed(options.seed)
     ending, after, going_on = choose(replay, options)
     found, false = dreamed_ends(dream, replay, ending, options), dreamed_ends(dream, replay, going_on, options)
-    close = (found - torch.tensor(after)).abs() <= 2
+    close = ((found - torch.tensor(after)).abs() <= 2) & (found < options.steps)
     print(f"{options.starts} lives that ended within {options.steps} steps: {(found < options.steps).float().mean():.0%} "
           f"of their dreams did, {close.float().mean():.0%} within two steps of the time")  # fmt: skip
     print(f"{options.starts} lives that went on: {(false < options.steps).float().mean():.0%} of their dreams ended")
