@@ -405,10 +405,10 @@ def dream_from_replay(run: Run, rng: np.random.Generator, n: int) -> Rollout:
     """n dreams. Each has a segment of burn_in + 1 real frames: the last one starts it, the others warm up the LSTM."""
     args, agent = run.args, run.agent
     segments = run.replay.sample(rng, n, range(-args.burn_in, 1), args.draw)
-    actions = torch.from_numpy(run.replay.actions[segments[0]]).to(run.device)
+    actions = torch.from_numpy(run.replay.actions[segments[0][:, -args.given :]]).to(run.device)  # (n, given)
     indices, mask = (torch.from_numpy(x).to(run.device) for x in segments)  # (n, burn_in + 1)
     state = agent.actor_critic.warm_up(to_model(run.decoded[indices[:, :-1]]), mask[:, :-1])
-    blocks = torch.cat([run.tokens[indices], actions[..., None]], dim=2)[:, -args.given :]  # (n, given, K + 1)
+    blocks = torch.cat([run.tokens[indices[:, -args.given :]], actions[..., None]], dim=2)  # (n, given, K + 1)
     first = run.dream.reset_from_tokens(blocks.flatten(1)[:, :-1])
     return imagine(agent.actor_critic, run.dream, first, state, args.horizon)
 
@@ -704,7 +704,7 @@ def load_agent(run_or_checkpoint: Path | str) -> tuple[Agent, Args]:
     try:
         return official_agent(content), args
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise IrisError(f"{run_or_checkpoint} is no whole published one: {' '.join(str(error).split())}") from error
+        raise IrisError(f"{run_or_checkpoint} is no whole published checkpoint ({error})") from error
 
 
 # --- Starting ---------------------------------------------------------------------------------------------------------

@@ -256,7 +256,7 @@ class Dream:
     def reset_from_tokens(self, tokens: Tensor) -> Tensor:
         """The same for tokens (N, K), or (N, T): of earlier frames and actions, then of the last. Else ValueError."""
         k, t = self.world_model.config.tokens_per_frame, tokens.shape[1]
-        if (t + 1) % (k + 1):
+        if (t + 1) % self.world_model.config.block_size:
             raise ValueError(f"{t} tokens: a dream starts from frames of {k} tokens, with an action between two")
         self.context = tokens
         self.cache, self.filled = self.new_cache(len(tokens)), 0  # how many positions it holds

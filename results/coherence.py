@@ -71,9 +71,8 @@ def measure(args: Args) -> dict:
     )}  # fmt: skip
     for way, dream.kept_blocks in ways.items():
         torch.manual_seed(args.seed)
-        dream.reset_from_tokens(tokens[:, args.given - 1])
-        past = torch.cat([tokens, actions[..., None]], dim=2)[:, : args.given - 1]  # real steps so far
-        dream.context = torch.cat([past.flatten(1), tokens[:, args.given - 1]], dim=1)
+        blocks = torch.cat([tokens, actions[..., None]], dim=2)[:, : args.given]  # real steps so far
+        dream.reset_from_tokens(blocks.flatten(1)[:, :-1])
         dreamed = [dream.step(actions[:, t - 1])[0] for t in range(args.given, length)]
         if way == "refill" and args.animation:
             real = to_stored(frames[:4, args.given :])  # (4, steps, 64, 64, 3)
