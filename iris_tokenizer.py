@@ -261,7 +261,7 @@ class Tokenizer(nn.Module):
         what is encoded is what differs from it, in units of the std. With `standardize`, the pixel loss is in these
         units too: errors weigh more where values rarely change, as where a ball passes. Later calls change tokens."""
         self.mean.copy_(frames.mean(dim=0))
-        self.std.copy_(frames.std(dim=0, correction=0) + 0.025)  # a pixel that never changes is scaled by 40
+        self.std.copy_(frames.std(dim=0, correction=0) + 0.1)  # a pixel that never changes is scaled by 10
 
     def loss(self, frames: Tensor, lpips: "Lpips | None" = None, z: Tensor | None = None) -> dict[str, Tensor]:
         """Frames (N, 3, 64, 64) in [0, 1] -> named scalar losses, whose sum is minimised.

@@ -14,6 +14,7 @@ Run it:   python iris_train.py --env-id BreakoutNoFrameskip-v4    # the paper's 
 Read it:  arguments, all of them the paper's by default; environment, replay; then `train`, the algorithm, and what it
 calls; checkpoints and start-up last. [paper] is IRIS or its code, [Delta-IRIS] arXiv 2406.19320, [ours] neither.
 """
+import copy
 import fcntl
 import importlib.metadata
 import io
@@ -38,6 +39,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
@@ -91,6 +93,7 @@ class Args:
     world_model_steps: int = 200  # Optimiser steps an epoch
     world_model_batch_size: int = 64  # Sequences a step, each of world_model.max_blocks steps of play
     world_model_learning_rate: float = 1e-4  # Learning rate of AdamW
+    world_model_average: float = 0.0  # [ours] Decay of a moving average of its weights, which dreams use; 0: the latest
     actor_critic_from: int = 51  # First epoch that trains the actor-critic
     actor_critic_steps: int = 200  # Optimiser steps an epoch
     actor_critic_batch_size: int = 64  # Dreams a step
@@ -102,7 +105,6 @@ class Args:
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.95  # Lambda of the lambda-returns
     entropy_weight: float = 0.001  # Weight of the entropy bonus
     after_end: bool = True  # Count the dreamed steps after an imagined end in the loss [paper, its code]
-    decay_epochs: int = 0  # [ours] Last epochs of the run, in which all learning rates fall
     max_grad_norm: float = 10.0  # Gradient norm at which gradients are clipped, for each model
     accumulate: int = 1  # Parts that each batch is split into, to save memory
 
@@ -120,11 +122,11 @@ class Args:
 # [ours] An hour on a CPU. Small models on patches of pixels; half the paper's context, its horizon.
 LAPTOP = Args(
     preset="laptop", epochs=50, collect_epochs=50, collect_steps=2000, max_frames=10_000, test_max_frames=10_000,
-    tokenizer_from=3, tokenizer_until=12, tokenizer_steps=500, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
+    tokenizer_from=3, tokenizer_until=12, tokenizer_steps=800, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
     world_model_from=11, world_model_steps=600, world_model_batch_size=8, world_model_learning_rate=1e-3,
     actor_critic_from=15, actor_critic_steps=100, actor_critic_batch_size=16, actor_critic_learning_rate=1e-3,
-    burn_in=10, given=4, entropy_weight=0.003, gamma=0.99, after_end=False, decay_epochs=15, draw="steps",
-    tokenizer=replace(SMALL_TOKENIZER, vocab_size=512, code_dim=64, worst_values=12), test_episodes=8, eval_every=10,
+    burn_in=10, given=4, entropy_weight=0.003, gamma=0.99, after_end=False, world_model_average=0.995, draw="steps",
+    tokenizer=replace(SMALL_TOKENIZER, vocab_size=1024, code_dim=64, worst_values=12), test_episodes=8, eval_every=10,
     world_model=WorldModelConfig(max_blocks=10, layers=2, heads=2, width=128, dropout=0.0, init_std=0.06),
     actor_critic=ActorCriticConfig(channels=(16, 32, 32), lstm_width=256, patch=2),
 )  # fmt: skip
@@ -133,7 +135,7 @@ CATCH = replace(
     LAPTOP, preset="catch", env_id="tests.catch:Catch-v0", epochs=36, collect_epochs=36, collect_steps=200,
     draw="episodes", tokenizer_until=14, tokenizer_steps=100, tokenizer=SMALL_TOKENIZER, world_model_from=9,
     world_model_steps=200, world_model_batch_size=32, actor_critic_from=13, actor_critic_steps=50,
-    actor_critic_batch_size=64, horizon=8, burn_in=2, given=1, entropy_weight=0.02, decay_epochs=0, eval_every=5,
+    actor_critic_batch_size=64, horizon=8, burn_in=2, given=1, entropy_weight=0.02, eval_every=5,
     test_envs=40, test_episodes=40, world_model=replace(LAPTOP.world_model, max_blocks=4),
     actor_critic=replace(LAPTOP.actor_critic, lstm_width=128),
 )  # fmt: skip
@@ -304,6 +306,7 @@ class Run:
     folder: Path
     device: torch.device
     agent: Agent
+    trained: Agent  # the agent, but its world model is the one that is trained, where the agent's is an average [ours]
     optimizers: dict[str, torch.optim.Optimizer]
     lpips: Lpips | None
     dream: Dream
@@ -385,7 +388,7 @@ def tokenizer_losses(run: Run, n: int) -> tuple[dict, dict]:
 def world_model_losses(run: Run, n: int) -> tuple[dict, dict]:
     """Losses and metrics on n sequences of L = max_blocks steps."""
     indices, columns = sample_sequences(run, run.replay, run.rng, n)
-    return run.agent.world_model.loss(run.tokens[torch.from_numpy(indices).to(run.device)], *columns), {}
+    return run.trained.world_model.loss(run.tokens[torch.from_numpy(indices).to(run.device)], *columns), {}
 
 
 def actor_critic_losses(run: Run, n: int) -> tuple[dict, dict]:
@@ -416,15 +419,14 @@ def dream_from_replay(run: Run, rng: np.random.Generator, n: int) -> Rollout:
 def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, dict]]) -> None:
     """An epoch's optimiser steps on one model. Means of losses and metrics go to `run.metrics`, read from the device
     once, so that no step waits for a GPU. Raises IrisError for a loss or a gradient norm that was not finite."""
-    args, model, optimizer = run.args, getattr(run.agent, name), run.optimizers[name]
+    args, model, optimizer = run.args, getattr(run.trained, name), run.optimizers[name]
     steps, batch_size, rate = (getattr(args, f"{name}_{what}") for what in ("steps", "batch_size", "learning_rate"))
     if name == "tokenizer" and (until := args.tokenizer_until):  # [ours] falls over the second half of its epochs
         rate *= min(1.0, 2 * (until + 1 - run.epoch) / (until + 1 - args.tokenizer_from))
-    rate *= min(1.0, (args.epochs + 1 - run.epoch) / (args.decay_epochs + 1))
     for group in optimizer.param_groups:
         group["lr"] = rate
     sizes = [len(part) for part in np.array_split(np.arange(batch_size), min(batch_size, args.accumulate))]
-    logged = defaultdict(list)
+    logged, average = defaultdict(list), get_ema_multi_avg_fn(args.world_model_average)
     model.train()
     for _ in trange(steps, desc=name, leave=False, disable=None):
         optimizer.zero_grad()
@@ -437,6 +439,8 @@ def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, di
                 logged[key].append(value.detach())
         logged[f"{name}_grad_norm"].append(nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         optimizer.step()
+        if model is not (averaged := getattr(run.agent, name)):  # [ours]
+            average([*averaged.parameters()], [*model.parameters()], None)
     model.eval()
     for key, values in logged.items():
         values = torch.stack(values).float().cpu()
@@ -473,8 +477,7 @@ def collect(run: Run) -> None:
         with run.autocast(), torch.no_grad():
             frames = agent.tokenizer.reconstruct(replay.frames_at(latest, device))[None]  # (1, L, 3, 64, 64)
             state = agent.actor_critic.warm_up(frames, torch.ones(frames.shape[:2], dtype=torch.bool, device=device))
-
-    trained = run.epoch > args.actor_critic_from or (args.init_from and "actor_critic" in args.init_models)
+    learned = run.epoch > args.actor_critic_from or (args.init_from and "actor_critic" in args.init_models)
     began, steps, games, hold = time.perf_counter(), [], [], 0
     for step in trange(length, length + args.collect_steps, desc="collect", leave=False, disable=None):
         if run.frame is None:  # a new game, with a seed of its own, from which a resumed run can repeat it
@@ -487,7 +490,7 @@ def collect(run: Run) -> None:
             action = int(actions)
             if run.rng.random() < args.collect_epsilon:
                 action = int(run.rng.integers(run.env.action_space.n))
-            hold = 1 if trained else min(int(run.rng.zipf(2.0)), args.collect_hold)
+            hold = 1 if learned else min(int(run.rng.zipf(2.0)), args.collect_hold)
         hold -= 1
         frame, reward, terminated, truncated, info = run.env.step(action)
         steps.append((run.frame, action, reward, terminated or truncated))
@@ -545,13 +548,11 @@ def evaluate(run: Run) -> None:
         metrics["eval/episodic_length"] = np.mean([game["length"] for game in games])
         save_episode(episodes / "test", name, games[returns.argmax()]["steps"], returns.max())  # the best of them
         test, losses, pictures = Steps(np.concatenate([game["steps"] for game in games])), {}, {}
-
         if run.epoch >= args.tokenizer_from:
             indices, _ = test.sample(rng, 128, range(1), args.draw)
             losses |= agent.tokenizer.loss(test.frames_at(indices[:, 0], run.device), run.lpips)
             frames = test.frames_at(np.linspace(0, len(test) - 1, 8).astype(int), run.device)
             pictures["reconstructions"] = {"test games": frames, "reconstructions": agent.tokenizer.reconstruct(frames)}
-
         if run.epoch >= args.world_model_from:
             indices, columns = sample_sequences(run, test, rng, 16)
             tokens = agent.tokenizer.encode(test.frames_at(indices.ravel(), run.device)).unflatten(0, indices.shape)
@@ -627,7 +628,7 @@ def save_checkpoint(run: Run) -> None:
     """Writes what resuming after this epoch needs, beside the replay. Raises OSError."""
     content = {
         "format": FORMAT, "args": asdict(run.args), "num_actions": run.agent.world_model.num_actions,
-        "epoch": run.epoch, "agent": run.agent.state_dict(),
+        "epoch": run.epoch, "agent": run.agent.state_dict(), "trained": run.trained.state_dict(),
         "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
         "replay_length": len(run.replay), "game_seed": run.game_seed, "game_start": run.game_start,
         "torch_rng": torch.get_rng_state(), "numpy_rng": json.dumps(run.rng.bit_generator.state),  # 128 bits
@@ -660,6 +661,7 @@ def read_checkpoint(run_or_checkpoint: Path | str) -> tuple[dict, Args]:
 def restore(run: Run, checkpoint: dict) -> None:
     """Brings a run that was just built from the same arguments to where the checkpoint was written."""
     run.agent.load_state_dict(checkpoint["agent"])
+    run.trained.load_state_dict(checkpoint.get("trained", checkpoint["agent"]))
     for name, optimizer in run.optimizers.items():
         optimizer.load_state_dict(checkpoint["optimizers"][name])
     run.epoch = run.saved_epoch = checkpoint["epoch"]
@@ -735,11 +737,10 @@ def parse_args(argv: list[str]) -> Args:
 
 
 RANGES = {  # the least and the greatest value of a number, or of each in a tuple; by name, or else by kind
-    **dict.fromkeys(("tokenizer_until", "burn_in", "decay_epochs", "eval_every"), (0, 10**9)), "patch": (1, 64),
-    "horizon": (2, 10**9), "whole numbers": (1, 10**9), "other numbers": (0, sys.float_info.max), "dropout": (0, 0.99),
-    "layers": (1, 999), "seed": (0, 2**63 - 1), "collect_epsilon": (0, 1), "worst_values": (1, 12_288),
-    "max_blocks": (2, 10**9), "gamma": (0, 1), "lambda_": (0, 1), "max_grad_norm": (1e-9, 1e9), "test_envs": (1, 999),
-    "blocks": (0, 99),
+    **dict.fromkeys(("tokenizer_until", "burn_in", "eval_every"), (0, 10**9)), "blocks": (0, 99), "layers": (1, 999),
+    **dict.fromkeys(("gamma", "lambda_", "collect_epsilon", "world_model_average"), (0, 1)), "dropout": (0, 0.99),
+    "horizon": (2, 10**9), "whole numbers": (1, 10**9), "other numbers": (0, sys.float_info.max), "test_envs": (1, 999),
+    "seed": (0, 2**63 - 1), "max_blocks": (2, 10**9), "max_grad_norm": (1e-9, 1e9), "worst_values": (1, 12_288),
 }  # fmt: skip
 
 
@@ -851,8 +852,10 @@ def build(args: Args) -> Run:
     checkpoint = read_checkpoint(args.resume)[0] if args.resume else None
     dream = (CompiledDream if args.compile else Dream)(agent.tokenizer, agent.world_model)
     replay.cut(checkpoint, int(env.action_space.n))
-    optimizers, rng = make_optimizers(agent, args), np.random.default_rng(args.seed)
-    run = Run(args, folder, device, agent, optimizers, lpips, dream, env, replay, rng)
+    learner = copy.deepcopy(agent.world_model) if args.world_model_average else agent.world_model
+    trained = Agent(agent.tokenizer, learner, agent.actor_critic)
+    optimizers, rng = make_optimizers(trained, args), np.random.default_rng(args.seed)
+    run = Run(args, folder, device, agent, trained, optimizers, lpips, dream, env, replay, rng)
     if checkpoint:
         restore(run, checkpoint)
     return run

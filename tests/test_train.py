@@ -20,7 +20,7 @@ FAST = [
     "--horizon", "3", "--burn-in", "2", "--eval-every", "2", "--test-episodes", "2", "--test-envs", "2",
     "--world-model.max-blocks", "4", "--world-model.layers", "1", "--world-model.width", "32",
     "--tokenizer.channels", "8", "8", "8", "8", "8", "--tokenizer.blocks", "0", "0", "0", "0", "1",
-    "--test-max-frames", "400", "--decay-epochs", "0",
+    "--test-max-frames", "400",
 ]  # fmt: skip
 
 
@@ -571,7 +571,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_model_epoch_and_step(run):
 
     def losses_of(run, n):
         calls.append(n)
-        weight = next(run.agent.world_model.parameters())
+        weight = next(run.trained.world_model.parameters())
         return {"observations": weight.sum() * (float("nan") if len(calls) == 3 else 1.0)}, {}
 
     with pytest.raises(IrisError, match="observations_loss is not finite at step 3 of the world_model"):
@@ -580,7 +580,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_model_epoch_and_step(run):
 
 def test_a_gradient_that_is_not_finite_stops_the_run_though_every_loss_is(run):
     def losses_of(run, n):
-        weight = next(run.agent.world_model.parameters())
+        weight = next(run.trained.world_model.parameters())
         return {"observations": (weight - weight.detach()).abs().sum().sqrt()}, {}  # 0, with an infinite slope
 
     run.epoch, run.args.world_model_steps = 1, 1
@@ -598,23 +598,32 @@ def test_the_learning_rate_of_a_tokenizer_with_a_last_epoch_falls_towards_it(run
 
     args = run.args
     args.tokenizer_from, args.tokenizer_until, args.tokenizer_learning_rate, args.world_model_learning_rate = 3, 6, 1.0, 0.5
-    args.epochs, args.decay_epochs = 600, 0
+    args.epochs = 600
     assert list(rates("tokenizer", (3, 4, 5, 6))) == [1, 1, 1, 0.5]
     assert list(rates("world_model", (3, 6))) == [0.5, 0.5]
     args.tokenizer_until = 0
     assert list(rates("tokenizer", (3, 600))) == [1, 1]
 
 
-def test_all_learning_rates_fall_in_as_many_last_epochs_as_told(run):
-    args = run.args
-    args.epochs, args.decay_epochs, args.tokenizer_until = 10, 3, 0
-    for name in ("tokenizer", "world_model", "actor_critic"):
-        setattr(args, f"{name}_learning_rate", 1.0)
-        weight, rates = next(getattr(run.agent, name).parameters()), []
-        for run.epoch in (6, 7, 8, 9, 10):
-            iris_train.optimise(run, name, lambda run, n: ({"nothing": weight.sum() * 0}, {}))  # noqa: B023
-            rates.append(run.metrics[f"charts/{name}_learning_rate"])
-        assert rates == [1, 1, 0.75, 0.5, 0.25]
+def test_dreams_use_a_moving_average_of_the_world_models_weights_that_is_saved_beside_those_that_are_trained(run):
+    run.args.world_model_average, run.args.world_model_steps, run.epoch, seen = 0.75, 4, 1, []
+    name, weight = "ln_f.weight", run.trained.world_model.ln_f.weight
+    average = run.dream.world_model.ln_f.weight
+    before = average.detach().clone()
+
+    def losses_of(run, n):
+        seen.append(weight.detach().clone())
+        return {"up": -weight.sum()}, {}
+
+    iris_train.optimise(run, "world_model", losses_of)
+    expected = before
+    for after in [*seen[1:], weight.detach()]:
+        expected = 0.75 * expected + 0.25 * after
+    assert torch.allclose(average, expected, atol=1e-7) and (weight > average).all() and (average > before).all()
+    iris_train.save_checkpoint(run)
+    agent, checkpoint = iris_train.load_agent(run.folder)[0], iris_train.read_checkpoint(run.folder)[0]
+    assert torch.equal(agent.world_model.state_dict()[name], average)
+    assert torch.equal(checkpoint["trained"][f"world_model.{name}"], weight)
 
 
 def test_tokens_of_a_tokenizer_that_rests_are_kept_in_parts_that_a_resumed_run_would_encode_alike(run, monkeypatch):
