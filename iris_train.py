@@ -136,7 +136,7 @@ CATCH = replace(
     draw="episodes", tokenizer_until=14, tokenizer_steps=100, tokenizer=SMALL_TOKENIZER, world_model_from=9,
     world_model_steps=200, world_model_batch_size=32, actor_critic_from=13, actor_critic_steps=50,
     actor_critic_batch_size=64, horizon=8, burn_in=2, given=1, entropy_weight=0.02, eval_every=5,
-    test_envs=40, test_episodes=40, world_model=replace(LAPTOP.world_model, max_blocks=4),
+    test_envs=40, test_episodes=40, world_model=replace(LAPTOP.world_model, max_blocks=4), world_model_average=0.0,
     actor_critic=replace(LAPTOP.actor_critic, lstm_width=128),
 )  # fmt: skip
 PRESETS = {"paper": Args(), "laptop": LAPTOP, "catch": CATCH}
