@@ -306,7 +306,7 @@ class Run:
     folder: Path
     device: torch.device
     agent: Agent
-    trained: Agent  # the agent, but its world model is the one that is trained, where the agent's is an average [ours]
+    trained: Agent  # the agent; with world_model_average, the world model here is trained, and the agent's its average
     optimizers: dict[str, torch.optim.Optimizer]
     lpips: Lpips | None
     dream: Dream
@@ -439,7 +439,7 @@ def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, di
                 logged[key].append(value.detach())
         logged[f"{name}_grad_norm"].append(nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         optimizer.step()
-        if model is not (averaged := getattr(run.agent, name)):  # [ours]
+        if model is not (averaged := getattr(run.agent, name)):  # [ours] a world model: see world_model_average
             average([*averaged.parameters()], [*model.parameters()], None)
     model.eval()
     for key, values in logged.items():

@@ -2,17 +2,17 @@
 
     python results/contacts.py runs/...
 
-1. A scripted player who keeps the paddle under the ball, and one who acts at random, play lives: in the game, in the game
-   seen through the tokenizer, and in dreams that begin where lives of the run's replay began. What sight is worth in
-   the dream is all that a policy can learn there.
+1. From the same states of the game, a scripted player who keeps the paddle under the ball and one who acts at random go on
+   for 20 steps: in the game, seen through the tokenizer, and in the dream. How many lives end, what is earned? The states
+   are of random play and of the scripted player's. What sight is worth in the dream is all that a policy can learn.
 2. In the later half of the replay, balls came down and were caught, or missed. From five steps before, dreams go on
    under the actions that were taken: those of a caught ball should not end, those of a missed one should.
 """
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
+import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -20,19 +20,22 @@ from ends import dreamed_ends
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from iris_tokenizer import Tokenizer
 from iris_train import STEP, IrisError, Steps, load_agent, make_env, to_model
 from iris_world_model import Dream
 
 
+HORIZON = 20  # Steps that go on from a state: a dream's
+
+
 @dataclass
 class Options:
-    """Compares lives and catches in dreams of Breakout with those in the game."""
+    """Compares play in dreams of Breakout with play in the game."""
 
     run_dir: tyro.conf.Positional[str]  # Folder of a run of Breakout, with its replay
     given: int = 4  # Real frames that a dream goes on from
     starts: int = 128  # Dreams of each kind
     seed: int = 0  # Of everything random
-    life: int = 60  # Steps after which a life is cut off
     steps: int = 18  # Dreamed steps before and after a contact: five, and what an end needs to come
 
 
@@ -52,33 +55,49 @@ def actions_of(frames: Tensor, rng: np.random.Generator, scripted: bool) -> Tens
     return torch.where(ball, followed, 1) if scripted else torch.from_numpy(rng.integers(4, size=len(frames)))
 
 
-def played_lives(options: Options, scripted: bool, view: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths and rewards of lives (N,) in the game, seen through `view`. None is longer than `life`."""
-    rng, env = np.random.default_rng(options.seed), make_env("BreakoutNoFrameskip-v4", 30, 10_000, True)
-    lengths, rewards = np.zeros(options.starts, int), np.zeros(options.starts)
-    frame, over = env.reset(seed=options.seed)[0], False
-    for i in range(options.starts):
-        while lengths[i] < options.life and not over:
-            action = actions_of(view(to_model(torch.from_numpy(frame)[None])), rng, scripted)
-            frame, reward, terminated, truncated, _ = env.step(int(action))
-            over, lengths[i], rewards[i] = terminated or truncated, lengths[i] + 1, rewards[i] + np.sign(reward)
-        frame, over = env.reset(seed=None if over else int(rng.integers(2**31)))[0], False
-    return lengths, rewards
+def states_of(env: gym.Env, options: Options, scripted: bool) -> list[tuple]:
+    """Every eleventh step of play, a fifth of it random: the emulator's state, lives, and the latest `given` frames and
+    actions. The last action is still to come."""
+    rng, states, step = np.random.default_rng(options.seed), [], 0
+    frames, actions = [env.reset(seed=options.seed)[0]], []
+    while len(states) < options.starts:
+        latest = to_model(torch.from_numpy(frames[-1])[None])
+        actions.append(int(actions_of(latest, rng, scripted and rng.random() < 0.8)))
+        frame, _, terminated, truncated, _ = env.step(actions[-1])
+        frames.append(frame)
+        step += 1
+        if terminated or truncated:
+            frames, actions = [env.reset()[0]], []
+        elif step % 11 == 0 and len(frames) >= options.given:
+            ale, n = env.unwrapped.ale, options.given
+            states.append((ale.cloneState(), ale.lives(), np.stack(frames[-n:]), [*actions, 0][-n:]))
+    return states
 
 
-def dreamed_lives(options: Options, scripted: bool, dream: Dream, replay: Steps) -> tuple[np.ndarray, np.ndarray]:
-    """The same in dreams, which go on from the first `given` frames of lives of the replay's later half."""
-    rng = np.random.default_rng(options.seed)
-    starts = replay.starts[(replay.stops - replay.starts > 10) & (replay.starts > len(replay) // 2)]
-    history = rng.permutation(starts)[: options.starts, None] + np.arange(options.given)
-    tokens = dream.tokenizer.encode(replay.frames_at(history.ravel(), torch.device("cpu"))).unflatten(0, history.shape)
-    blocks = torch.cat([tokens, torch.from_numpy(replay.actions[history])[..., None]], dim=2)
-    frames, alive = dream.reset_from_tokens(blocks.flatten(1)[:, :-1]), np.ones(len(history), bool)
-    lengths, rewards = np.full(len(history), options.given - 1), np.zeros(len(history))
-    for _ in range(options.life - options.given + 1):
-        frames, reward, ends = dream.step(actions_of(frames, rng, scripted))
-        lengths, rewards, alive = lengths + alive, rewards + reward.numpy() * alive, alive & ~ends.numpy()
-    return lengths, rewards
+def in_the_game(env: gym.Env, states: list[tuple], scripted: bool, tokenizer: Tokenizer, options: Options) -> np.ndarray:
+    """-> of each state's next 20 steps, whether the life ended, and the rewards until then: (N, 2)."""
+    rng, results = np.random.default_rng(options.seed), []
+    for state, lives, frames, _ in states:
+        env.unwrapped.ale.restoreState(state)
+        env.lives, frame, over, steps, earned = lives, frames[-1], False, 0, 0.0
+        while steps < HORIZON and not over:
+            seen = tokenizer.reconstruct(to_model(torch.from_numpy(frame)[None]))
+            frame, reward, terminated, truncated, _ = env.step(int(actions_of(seen, rng, scripted)))
+            over, steps, earned = terminated or truncated, steps + 1, earned + np.sign(reward)
+        results.append((over, earned))
+    return np.array(results, float)
+
+
+def in_the_dream(dream: Dream, states: list[tuple], scripted: bool, options: Options) -> np.ndarray:
+    """The same in dreams that go on from the states' frames."""
+    rng, frames = np.random.default_rng(options.seed), np.stack([state[2] for state in states])
+    tokens = dream.tokenizer.encode(to_model(torch.from_numpy(frames)).flatten(0, 1)).unflatten(0, frames.shape[:2])
+    blocks = torch.cat([tokens, torch.tensor([state[3] for state in states])[..., None]], dim=2)
+    seen, alive, earned = dream.reset_from_tokens(blocks.flatten(1)[:, :-1]), np.ones(len(states), bool), 0.0
+    for _ in range(HORIZON):
+        seen, rewards, ends = dream.step(actions_of(seen, rng, scripted))
+        earned, alive = earned + rewards.numpy() * alive, alive & ~ends.numpy()
+    return np.stack([~alive, earned], axis=1)
 
 
 def contacts(replay: Steps) -> tuple[list[int], list[int], list[int]]:
@@ -112,16 +131,15 @@ def main(options: Options) -> None:
     except (OSError, ValueError) as error:
         raise IrisError(f"{options.run_dir} has no replay: name the folder of a run") from error
     dream, rng = Dream(agent.tokenizer, agent.world_model), np.random.default_rng(options.seed)
-    for player in ("scripted", "random"):
-        torch.manual_seed(options.seed)
-        lives = {
-            "game": played_lives(options, player == "scripted", lambda frames: frames),
-            "decoded game": played_lives(options, player == "scripted", dream.tokenizer.reconstruct),
-            "dream": dreamed_lives(options, player == "scripted", dream, replay),
-        }
-        for where, (lengths, rewards) in lives.items():
-            print(f"{player:8}  {where:12}  a life of {lengths.mean():.1f} steps (at most {options.life}), "
-                  f"{rewards.sum() / lengths.sum():.4f} rewards a step")  # fmt: skip
+    env = make_env("BreakoutNoFrameskip-v4", 30, 10**9, life_loss_ends=True)
+    for play in ("random", "scripted"):
+        states = states_of(env, options, play == "scripted")
+        for player in ("random", "scripted"):
+            torch.manual_seed(options.seed)
+            game = in_the_game(env, states, player == "scripted", dream.tokenizer, options).mean(axis=0)
+            dreamt = in_the_dream(dream, states, player == "scripted", options).mean(axis=0)
+            print(f"from {len(states)} states of {play} play, a {player} player: lives that ended, game {game[0]:.0%}, "
+                  f"dream {dreamt[0]:.0%}; rewards, game {game[1]:.2f}, dream {dreamt[1]:.2f}", flush=True)  # fmt: skip
     for what, found in zip(("caught", "missed", "missed by at most 10 pixels"), contacts(replay), strict=True):
         starts = rng.permutation(found)[: options.starts] - 5
         ended = (dreamed_ends(dream, replay, starts, options) < options.steps).float().mean()
