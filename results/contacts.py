@@ -16,14 +16,13 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from ends import dreamed_ends
+from ends import begin, dreamed_ends, load_run
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from iris_tokenizer import Tokenizer
-from iris_train import STEP, IrisError, Steps, load_agent, make_env, to_model
+from iris_train import IrisError, Steps, make_env, to_model
 from iris_world_model import Dream
-
 
 HORIZON = 20  # Steps that go on from a state: a dream's
 
@@ -49,7 +48,7 @@ def places(frames: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def actions_of(frames: Tensor, rng: np.random.Generator, scripted: bool) -> Tensor:
-    """Frames (N, 3, 64, 64) -> actions (N,): fire without a ball, else left or right of more than 3 pixels, or random."""
+    """Frames (N, 3, 64, 64) -> actions (N,): fire without a ball, else towards it from over 3 pixels; or random."""
     ball, at, _, paddle = places(frames)
     followed = torch.where(at > paddle + 3.5, 2, torch.where(at < paddle - 3.5, 3, 0))
     return torch.where(ball, followed, 1) if scripted else torch.from_numpy(rng.integers(4, size=len(frames)))
@@ -74,7 +73,9 @@ def states_of(env: gym.Env, options: Options, scripted: bool) -> list[tuple]:
     return states
 
 
-def in_the_game(env: gym.Env, states: list[tuple], scripted: bool, tokenizer: Tokenizer, options: Options) -> np.ndarray:
+def in_the_game(
+    env: gym.Env, states: list[tuple], scripted: bool, tokenizer: Tokenizer, options: Options
+) -> np.ndarray:
     """-> of each state's next 20 steps, whether the life ended, and the rewards until then: (N, 2)."""
     rng, results = np.random.default_rng(options.seed), []
     for state, lives, frames, _ in states:
@@ -91,9 +92,8 @@ def in_the_game(env: gym.Env, states: list[tuple], scripted: bool, tokenizer: To
 def in_the_dream(dream: Dream, states: list[tuple], scripted: bool, options: Options) -> np.ndarray:
     """The same in dreams that go on from the states' frames."""
     rng, frames = np.random.default_rng(options.seed), np.stack([state[2] for state in states])
-    tokens = dream.tokenizer.encode(to_model(torch.from_numpy(frames)).flatten(0, 1)).unflatten(0, frames.shape[:2])
-    blocks = torch.cat([tokens, torch.tensor([state[3] for state in states])[..., None]], dim=2)
-    seen, alive, earned = dream.reset_from_tokens(blocks.flatten(1)[:, :-1]), np.ones(len(states), bool), 0.0
+    actions, alive, earned = np.array([state[3] for state in states]), np.ones(len(states), bool), 0.0
+    seen = begin(dream, to_model(torch.from_numpy(frames)), actions)
     for _ in range(HORIZON):
         seen, rewards, ends = dream.step(actions_of(seen, rng, scripted))
         earned, alive = earned + rewards.numpy() * alive, alive & ~ends.numpy()
@@ -125,12 +125,7 @@ def contacts(replay: Steps) -> tuple[list[int], list[int], list[int]]:
 
 @torch.no_grad()
 def main(options: Options) -> None:
-    agent, _ = load_agent(options.run_dir)
-    try:
-        replay = Steps(np.memmap(Path(options.run_dir) / "replay/steps.bin", STEP, "r"))
-    except (OSError, ValueError) as error:
-        raise IrisError(f"{options.run_dir} has no replay: name the folder of a run") from error
-    dream, rng = Dream(agent.tokenizer, agent.world_model), np.random.default_rng(options.seed)
+    (dream, replay), rng = load_run(options.run_dir), np.random.default_rng(options.seed)
     env = make_env("BreakoutNoFrameskip-v4", 30, 10**9, life_loss_ends=True)
     for play in ("random", "scripted"):
         states = states_of(env, options, play == "scripted")

@@ -32,6 +32,23 @@ class Options:
     seed: int = 0  # Of everything random
 
 
+def load_run(run_dir: str) -> tuple[Dream, Steps]:
+    """A run's folder -> a dream of its models, and its replay. Raises IrisError."""
+    agent, _ = load_agent(run_dir)
+    try:
+        replay = Steps(np.memmap(Path(run_dir) / "replay/steps.bin", STEP, "r"))
+    except (OSError, ValueError) as error:
+        raise IrisError(f"{run_dir} has no replay: name the folder of a run") from error
+    return Dream(agent.tokenizer, agent.world_model), replay
+
+
+def begin(dream: Dream, frames: Tensor, actions: np.ndarray) -> Tensor:
+    """Real frames (N, L, 3, 64, 64) and actions (N, L), the last still to come -> the first frames (N, 3, 64, 64)."""
+    tokens = dream.tokenizer.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # (N, L, K)
+    blocks = torch.cat([tokens, torch.from_numpy(actions)[..., None]], dim=2)
+    return dream.reset_from_tokens(blocks.flatten(1)[:, :-1])
+
+
 def choose(replay: Steps, options: Options) -> tuple[list[int], list[int], list[int]]:
     """Steps whose episode ends 5 to `steps` steps later, after how many it does, and steps whose episode goes on."""
     ending, going_on = [], []
@@ -53,22 +70,14 @@ def dreamed_ends(dream: Dream, replay: Steps, starts: list[int], options: Option
     """-> the step at which each dream first ends (N,), `steps` where it does not."""
     steps = np.array(starts)[:, None]
     history = steps + np.arange(1 - options.given, 1)  # (N, given)
-    frames = replay.frames_at(history.ravel(), torch.device("cpu"))
-    tokens = dream.tokenizer.encode(frames).unflatten(0, history.shape)  # (N, given, K)
-    blocks = torch.cat([tokens, torch.from_numpy(replay.actions[history])[..., None]], dim=2)
-    dream.reset_from_tokens(blocks.flatten(1)[:, :-1])
+    begin(dream, replay.frames_at(history, torch.device("cpu")), replay.actions[history])
     actions = torch.from_numpy(replay.actions[np.minimum(steps + np.arange(options.steps), len(replay) - 1)])
     ends = torch.stack([dream.step(actions[:, t])[2] for t in range(options.steps)], dim=1)  # (N, steps)
     return torch.where(ends.any(dim=1), ends.int().argmax(dim=1), options.steps)
 
 
 def main(options: Options) -> None:
-    agent, _ = load_agent(options.run_dir)
-    try:
-        replay = Steps(np.memmap(Path(options.run_dir) / "replay/steps.bin", STEP, "r"))
-    except (OSError, ValueError) as error:
-        raise IrisError(f"{options.run_dir} has no replay: name the folder of a run") from error
-    dream = Dream(agent.tokenizer, agent.world_model)
+    dream, replay = load_run(options.run_dir)
     dream.kept_blocks = options.kept or dream.kept_blocks
     torch.manual_seed(options.seed)
     ending, after, going_on = choose(replay, options)
