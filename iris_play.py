@@ -368,7 +368,7 @@ figure { position: relative; margin-top: 26px; aspect-ratio: var(--ratio); heigh
   round(down, min(100cqh - 26px, (100cqw - 32px) / var(--ratios)), var(--pixels))) }
 figcaption { position: absolute; bottom: 100%; width: 100%; overflow: hidden; white-space: nowrap; font-weight: bold }
 img, .over { position: absolute; width: 100%; height: 100%; image-rendering: pixelated }
-.over { display: grid; grid: auto-flow 1fr / repeat(var(--columns), 1fr) }
+.over { display: grid; grid: auto-flow 1fr / repeat(var(--side), 1fr) }
 .over p { grid-area: 1 / 1 / 9 / -1; padding: 9%; background: var(--card) }
 .over b { border: 1px solid #fff4; overflow: hidden; color: #fff; text-shadow: 0 0 3px #000 }
 .over .on { border: 3px solid #ffd60a; background: #ffd60a30 }
@@ -431,7 +431,7 @@ function show(message) {
     image.src = panel.png;
     over.innerHTML = note ? `<p>${note}</p>` : tokensShown ? panel.tokens.join("") : "";
     frame.style = `--pixels: ${panel.height / devicePixelRatio}px; --ratio: ${panel.width} / ${panel.height};
-      --columns: ${panel.tokens.length / message.rows}`;
+      --side: ${Math.sqrt(panel.tokens.length)}`;
   });
   const labels = {m: who == "you" ? "agent" : "take over", enter: "next game", j: "back", e: "one step",
     t: {game: "into the dream", dream: "back to game", both: "dream anew"}[place], ".": paused ? "resume" : "pause",
@@ -657,8 +657,9 @@ def main(args: Args) -> None:
     check(args)
     checkpoint, agent, settings, about, notes = find_checkpoint(args), None, iris_train.Args(), "no models", {}
     if checkpoint:
-        agent, settings = iris_train.load_agent(checkpoint)
-        epoch = iris_train.read_checkpoint(checkpoint)[0].get("epoch", settings.epochs)  # published ones: of the end
+        content, settings = iris_train.read_checkpoint(checkpoint)
+        agent, _ = iris_train.load_agent(checkpoint)
+        epoch = content.get("epoch", settings.epochs)  # published ones are from the end
         starts = {"The agent's view": settings.tokenizer_from, "The dream": settings.world_model_from,
                   "The policy": settings.actor_critic_from}  # fmt: skip
         notes = {what: f"{what} is trained from epoch {n} on" for what, n in starts.items() if epoch < n}
@@ -681,8 +682,7 @@ def main(args: Args) -> None:
             world.env, world.seed = Recorded(checkpoint.parent / "media" / "episodes"), 0
             world.commands["j"] = lambda: go_back(world)
         film = Video(Path(args.video), args.fps) if args.video else None
-        page = None if film else Page(args.host, args.port, game=game_name(settings.env_id), about=about, notes=notes,
-                                         rows=agent.tokenizer.rows if agent else 1)
+        page = None if film else Page(args.host, args.port, game=game_name(settings.env_id), about=about, notes=notes)
         person = args.human or (args.world_model and not args.agent and not film)
         play(world, agent, page, film, names, args, "you" if person else "recorded" if args.episodes else "agent")
 

@@ -220,7 +220,6 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.config = config
-        self.rows = 16 if config.local else FRAME_SIZE >> (len(config.channels) - 1)  # of tokens: 4 of 4, or 16 of one
         # Frames enter as (frames - mean) / std. With 0.5 and 0.5 that is [-1, 1] [paper], until `fit_pixels` [ours].
         self.register_buffer("mean", torch.full((3, FRAME_SIZE, FRAME_SIZE), 0.5))
         self.register_buffer("std", torch.full((3, FRAME_SIZE, FRAME_SIZE), 0.5))
@@ -238,7 +237,8 @@ class Tokenizer(nn.Module):
 
     def decoder_outputs(self, codes: Tensor) -> Tensor:
         """Codes (N, K, D) -> frames (N, 3, 64, 64) float32, about in [0, 1] but not clamped, with gradient."""
-        x = codes.transpose(1, 2).unflatten(2, (self.rows, -1)).contiguous()  # (N, D, 4, 4)
+        side = FRAME_SIZE >> (len(self.config.channels) - 1)  # 4
+        x = codes.transpose(1, 2).unflatten(2, (side, side)).contiguous()  # (N, D, 4, 4)
         return self.decoder(self.post_quantization(x)).float() * self.std + self.mean
 
     @torch.no_grad()
@@ -361,17 +361,17 @@ def load_lpips() -> Lpips:
 
 # --- Encoder and decoder of small models [ours] -----------------------------------------------------------------------
 def build_local(config: TokenizerConfig) -> tuple[nn.Sequential, nn.Sequential]:
-    """Frames -> vectors (N, D, 16, 1), one for each strip of 4 rows of pixels, and back; `channels[-1]` wide.
+    """The same shapes from fewer layers: patches of 4x4 pixels, merged by 2x2 into a vector; `channels[-1]` wide.
 
-    In the published encoder 3x3 convolutions, norms and attention let a moving ball change all 16 tokens. Here it
-    changes its own strip, which a small world model learns sooner. Squares of 16x16 pixels, too, are worse: a token for
-    ball and paddle must tell all pairs of their places apart. The decoder's convolutions see neighbours."""
+    In the published encoder 3x3 convolutions, norms and attention let a moving ball change all 16 tokens. Here a vector
+    depends on its own 16x16 pixels only, and the others stay, which a small world model learns sooner. The decoder's
+    convolutions see neighbours."""
     width = config.channels[-1]
     encoder = [nn.PixelUnshuffle(4), nn.Conv2d(48, width, kernel_size=1), nn.SiLU()]
     decoder = [conv3x3(config.code_dim, width)]
-    for _ in config.channels[3:]:  # from 16x16 positions to 16x1, and back
-        encoder += [nn.Conv2d(width, width, kernel_size=(1, 4), stride=(1, 4)), nn.SiLU()]
-        decoder += [ResidualBlock(width), nn.Upsample(scale_factor=(1.0, 4.0)), conv3x3(width, width)]
+    for _ in config.channels[3:]:  # from 16x16 positions to 4x4, and back
+        encoder += [nn.Conv2d(width, width, kernel_size=2, stride=2), nn.SiLU()]
+        decoder += [ResidualBlock(width), upsample(width, width)]
     encoder.append(nn.Conv2d(width, config.code_dim, kernel_size=1))
     return nn.Sequential(*encoder), nn.Sequential(*decoder, nn.SiLU(), conv3x3(width, 48), nn.PixelShuffle(4))
 
@@ -446,8 +446,8 @@ def lesson(steps: int = 500, out: Path = Path("runs/lessons/tokenizer.png")) -> 
     train, test = frames[:2450], frames[2450:]  # whole episodes; most of Catch's few frames are in both
     tokenizer = train_small_tokenizer(train, steps)
     tokens, reconstructions = tokenizer.encode(test), tokenizer.reconstruct(test)
-    colours = torch.rand(tokenizer.config.vocab_size, 3)[tokens[:12]].unflatten(1, (16, 1))  # (12, 16, 1, 3)
-    maps = F.interpolate(colours.permute(0, 3, 1, 2), size=FRAME_SIZE)  # (12, 3, 64, 64)
+    colours = torch.rand(tokenizer.config.vocab_size, 3)[tokens[:12]].unflatten(1, (4, 4))  # (12, 4, 4, 3)
+    maps = F.interpolate(colours.permute(0, 3, 1, 2), scale_factor=16.0)  # (12, 3, 64, 64)
     labelled_rows({"frames": test[:12], "tokens (colours)": maps, "reconstructions": reconstructions[:12]}, out)
     background = train.median(dim=0).values
     objects = torch.maximum((test - background).abs(), (reconstructions - background).abs()) > 0.1

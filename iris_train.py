@@ -123,7 +123,7 @@ class Args:
 LAPTOP = Args(
     preset="laptop", epochs=50, collect_epochs=50, collect_steps=2000, max_frames=10_000, test_max_frames=10_000,
     tokenizer_from=3, tokenizer_until=12, tokenizer_steps=800, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
-    world_model_from=11, world_model_steps=900, world_model_batch_size=8, world_model_learning_rate=1e-3,
+    world_model_from=11, world_model_steps=600, world_model_batch_size=8, world_model_learning_rate=1e-3,
     actor_critic_from=15, actor_critic_steps=100, actor_critic_batch_size=16, actor_critic_learning_rate=1e-3,
     burn_in=10, given=4, entropy_weight=0.003, gamma=0.99, after_end=False, world_model_average=0.995, draw="steps",
     tokenizer=replace(SMALL_TOKENIZER, vocab_size=1024, code_dim=64, worst_values=12), test_episodes=8, eval_every=10,
@@ -236,7 +236,7 @@ def make_env(env_id: str, noop_max: int = 1, max_frames: int = 108_000, life_los
 # --- Replay -----------------------------------------------------------------------------------------------------------
 # Frame, action, reward as the game gave it, and 1 where the episode ended with it: a life, a game, or the time limit
 STEP = np.dtype([("frames", "u1", FRAME_SPACE.shape), ("actions", "<i8"), ("rewards", "<f4"), ("ends", "u1")])
-FORMAT = 3  # of replays and checkpoints; changes when those of earlier versions can't be read any more
+FORMAT = 2  # of replays and checkpoints; changes when those of earlier versions can't be read any more
 
 
 class Steps:

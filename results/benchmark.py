@@ -82,7 +82,7 @@ class Plain:
 
     def __init__(self, agent: Agent, requires_grad: bool = True):
         self.tokenizer, self.world_model = agent.tokenizer.config, agent.world_model.config
-        self.mean, self.std, self.rows = agent.tokenizer.mean, agent.tokenizer.std, agent.tokenizer.rows
+        self.mean, self.std = agent.tokenizer.mean, agent.tokenizer.std
         self.vocab_size, self.actor_critic, self.training = agent.world_model.vocab_size, agent.actor_critic, True
         self.weights = {name: w.requires_grad_(requires_grad) for name, w in published_weights(agent).items()}
 
@@ -126,7 +126,7 @@ class Plain:
         if self.tokenizer.local:
             x = F.silu(self.conv(f"{name}.1", F.pixel_unshuffle(x, 4)))
             for i in (3, 5):
-                x = F.silu(self.conv(f"{name}.{i}", x, stride=(1, 4)))
+                x = F.silu(self.conv(f"{name}.{i}", x, stride=2))
             x = self.conv(f"{name}.7", x)
         else:
             x = self.conv(f"{name}.conv_in", x, padding=1)
@@ -146,15 +146,15 @@ class Plain:
 
     def reconstructions(self, codes: Tensor) -> Tensor:
         """(N * K, D) -> (N, 3, 64, 64), about in [0, 1]."""
-        name, columns = "tokenizer.decoder", self.tokenizer.tokens_per_frame // self.rows
-        x = codes.unflatten(0, (-1, self.rows, columns)).permute(0, 3, 1, 2).contiguous()
+        name, side = "tokenizer.decoder", math.isqrt(self.tokenizer.tokens_per_frame)
+        x = codes.unflatten(0, (-1, side, side)).permute(0, 3, 1, 2).contiguous()
         x = self.conv("tokenizer.post_quant_conv", x)
         if self.tokenizer.local:
             x = self.conv(f"{name}.0", x, padding=1)
-            for i in (1, 4):
-                x = self.block(f"{name}.{i}", x).repeat_interleave(4, dim=3)
-                x = self.conv(f"{name}.{i + 2}", x, padding=1)
-            x = F.pixel_shuffle(self.conv(f"{name}.8", F.silu(x), padding=1), 4)
+            for i in (1, 3):
+                x = F.interpolate(self.block(f"{name}.{i}", x), scale_factor=2.0, mode="nearest")
+                x = self.conv(f"{name}.{i + 1}.conv", x, padding=1)
+            x = F.pixel_shuffle(self.conv(f"{name}.6", F.silu(x), padding=1), 4)
         else:
             x = self.middle(name, self.conv(f"{name}.conv_in", x, padding=1))
             for level, blocks in reversed(list(enumerate(self.tokenizer.blocks))):
