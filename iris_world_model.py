@@ -32,7 +32,7 @@ Rules. A training sequence lies within one episode; a shorter one is padded on t
 from real steps. Gradients reach this model's weights only: tokens are integers, and a dream has no gradient. Dropout
 and a dream's samples draw from torch's global generator. The paper trains with AdamW, rate 1e-4, weight decay 0.01, 64
 sequences a step, gradient norm clipped at 10. [paper] is IRIS or its code, [ours] is not; the single embedding table,
-Gumbel sampling and the cache are ours as well, and compute the same.
+sampling and the cache are ours as well, and compute the same.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,11 +219,11 @@ class WorldModel(nn.Module):
 
 # --- The dream --------------------------------------------------------------------------------------------------------
 def sample(logits: Tensor) -> Tensor:
-    """Logits (..., V) -> classes (...) int64, drawn from their softmax.
-
-    The Gumbel-max trick: logits plus Gumbel noise, -log Exp(1), and argmax. `torch.multinomial` would wait for a GPU.
-    """
-    return (logits.float() - torch.empty_like(logits, dtype=torch.float32).exponential_().log()).argmax(dim=-1)
+    """Logits (..., V) -> classes (...) int64, drawn from their softmax: the first class whose cumulative probability
+    reaches a uniform number in (0, 1]. `torch.multinomial` would wait for a GPU."""
+    cumulative = logits.softmax(dim=-1, dtype=torch.float32).cumsum(dim=-1)
+    u = (1 - torch.rand_like(cumulative[..., -1:])) * cumulative[..., -1:]  # the last is 1 but for rounding
+    return torch.searchsorted(cumulative, u).squeeze(-1)
 
 
 class Dream:

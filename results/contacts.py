@@ -5,7 +5,8 @@
 1. From the same states of the game, a scripted player who keeps the paddle under the ball and one who acts at random go on
    for 20 steps: in the game, seen through the tokenizer, and in the dream. How many lives end, what is earned? The states
    are of random play and of the scripted player's. What sight is worth in the dream is all that a policy can learn.
-2. In the later half of the replay, balls came down and were caught, or missed. From five steps before, dreams go on
+2. In the frames of these states, how often does a reconstruction have the ball in its place, and the paddle?
+3. In the later half of the replay, balls came down and were caught, or missed. From five steps before, dreams go on
    under the actions that were taken: those of a caught ball should not end, those of a missed one should.
 """
 import sys
@@ -45,6 +46,16 @@ def places(frames: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     brightest, at = ball.flatten(1).max(dim=1)
     column = (paddle * torch.arange(56)).sum(dim=1) / paddle.sum(dim=1).clamp(min=1e-6)
     return brightest > 0.12, at % 56, at // 56, column
+
+
+def kept(tokenizer: Tokenizer, states: list[tuple]) -> tuple[list[float], float]:
+    """-> shares of the balls that a reconstruction has within two pixels, at the wall (rows 29 to 32), in between, and
+    at the paddle (48 to 54); and of the paddles that it has within two."""
+    frames = to_model(torch.from_numpy(np.concatenate([state[2] for state in states])))
+    (ball, column, row, paddle), there = places(frames), places(tokenizer.reconstruct(frames))
+    right = there[0] & ((there[1] - column).abs() <= 2) & ((there[2] - row).abs() <= 2)
+    parts = [ball & (row >= first) & (row < end) for first, end in ((0, 4), (4, 19), (19, 26))]
+    return [right[part].float().mean().item() for part in parts], ((there[3] - paddle).abs() <= 2).float().mean().item()
 
 
 def actions_of(frames: Tensor, rng: np.random.Generator, scripted: bool) -> Tensor:
@@ -129,6 +140,9 @@ def main(options: Options) -> None:
     env = make_env("BreakoutNoFrameskip-v4", 30, 10**9, life_loss_ends=True)
     for play in ("random", "scripted"):
         states = states_of(env, options, play == "scripted")
+        balls, paddles = kept(dream.tokenizer, states)
+        print(f"{play} play: balls in their place at the wall {balls[0]:.0%}, between {balls[1]:.0%}, at the paddle "
+              f"{balls[2]:.0%}; paddles {paddles:.1%}")  # fmt: skip
         for player in ("random", "scripted"):
             torch.manual_seed(options.seed)
             game = in_the_game(env, states, player == "scripted", dream.tokenizer, options).mean(axis=0)

@@ -94,7 +94,7 @@ def main(args: Args) -> None:
 
         processes.append(open_page(browser, args, "--world-model", "--fps", "10"))
         wait_for(browser, "latest.step >= 0", 30)
-        film(browser, args, "hand.webp", ["space", "left", "right", "left", "right"])
+        film(browser, args, "hand.webp", ["space", "left", "right"] * 3)
     finally:
         browser.quit()
         for process in processes:
