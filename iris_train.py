@@ -358,7 +358,7 @@ def train(run: Run) -> None:
             optimise(run, "tokenizer", tokenizer_losses)
             run.tokens = None  # those in `run.tokens` are another tokenizer's
 
-        if run.epoch >= min(args.tokenizer_from, args.world_model_from, args.actor_critic_from):
+        if run.epoch >= min(args.world_model_from, args.actor_critic_from):
             encode_replay(run)
 
         if run.epoch >= args.world_model_from:

@@ -81,11 +81,10 @@ class Attention(nn.Module):
         q, kv = qkv[0], qkv[1:]
         if cache is not None:
             cache.index_copy_(3, positions, kv.to(cache.dtype))  # write the new keys and values
-            q, kv = q.to(cache.dtype), cache[..., : mask.shape[1], :]  # (2, N, heads, visible, C'): all so far
-        dropout = self.dropout if self.training else 0.0
+            q, kv = q[:, :, -len(mask) :].to(cache.dtype), cache[..., : mask.shape[1], :]  # kv: all that are visible
         with torch.autocast(x.device.type, enabled=False):  # it would convert the cache at each call
-            y = F.scaled_dot_product_attention(q, kv[0], kv[1], mask, dropout, is_causal=mask is None)
-        return self.proj(y.transpose(1, 2).reshape(n, t, c))
+            y = F.scaled_dot_product_attention(q, *kv, mask, self.dropout * self.training, is_causal=mask is None)
+        return self.proj(y.transpose(1, 2).reshape(n, -1, c))
 
 
 class Layer(nn.Module):
@@ -100,7 +99,8 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: Tensor | None, positions: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln1(x), cache, positions, mask))
+        y = self.dropout(self.attn(self.ln1(x), cache, positions, mask))
+        x = x[:, -y.shape[1] :] + y  # all of x, but for the last layer in a dream
         return x + self.dropout(self.mlp(self.ln2(x)))
 
 
@@ -156,13 +156,13 @@ class WorldModel(nn.Module):
     ) -> Tensor:
         """Tokens (N, T) at positions (T,) -> hidden states (N, T, C). Each attends to itself and the tokens before it.
 
-        Without a cache, these must all be in `tokens`. For speed, a dream passes a cache of the keys and values of
-        earlier tokens: those of this call are written into it at `positions`, and attention is over its first `visible`
-        positions. The states are the same as without, since those of earlier positions never change.
-        """
+        For speed, a dream passes a cache of the keys and values of earlier tokens, which never change. Those of this
+        call are written into it at `positions`. Attention is over its first `visible` positions, and only the last
+        state (N, 1, C) comes back, for a dream needs no other."""
         x = self.dropout(self.embedding(tokens + self.row_offset[positions]) + self.position_embedding(positions))
         mask = None if cache is None else self.causal[positions, :visible]  # (T, visible)
         for i, layer in enumerate(self.layers):
+            mask = mask[-1:] if mask is not None and i + 1 == len(self.layers) else mask  # queries: the last alone
             x = layer(x, None if cache is None else cache[i], positions, mask)
         return self.ln_f(x)
 

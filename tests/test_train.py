@@ -322,7 +322,7 @@ def test_each_epoch_runs_the_phases_that_are_due_in_their_order_and_saves_them(r
     tokenizer = ["fit_pixels", "tokenizer"]
     expected = [
         ["collect"],
-        ["collect", *tokenizer, "encode_replay"],
+        ["collect", *tokenizer],
         ["collect", *tokenizer, "encode_replay", "world_model", "evaluate"],
         ["collect", *tokenizer, "encode_replay", "world_model", "actor_critic"],
         ["collect", "encode_replay", "world_model", "actor_critic"],
