@@ -1,9 +1,9 @@
 """Chapter 2 of IRIS: a GPT learns to predict the game, token by token, and can then be played in its place.
 
 With frames written as 16 tokens each (chapter 1), a game is one long sequence: 16 tokens of a frame, one token for the
-action, 16 tokens of the next frame, and so on. This file trains a GPT on such sequences. At each position that a frame
-token follows, it predicts that token; at each action also the reward and whether the episode ends (IRIS, arXiv
-2209.00588, section 2.2). `Dream` samples from these predictions: an environment that exists in the model alone.
+action, 16 tokens of the next frame, and so on. This file trains a GPT on such sequences. It predicts each frame token
+from the position before it, and at each action also the reward and whether the episode ends (IRIS, arXiv 2209.00588,
+section 2.2). `Dream` samples from these predictions: an environment that exists in the model alone.
 
     z1 .. z16 = tokens of a frame, a = action; a block is 16 z and 1 a; the context is 20 blocks = 340 positions
     In comments: N sequences, L blocks, K = 16 tokens a frame, T positions, V codes, A actions, C width
@@ -31,8 +31,8 @@ then `frames = dream.reset(frames)` and, again and again, `frames, rewards, ends
 Rules. A training sequence lies within one episode; a shorter one is padded on the right, where the causal mask hides it
 from real steps. Gradients reach this model's weights only: tokens are integers, and a dream has no gradient. Dropout
 and a dream's samples draw from torch's global generator. The paper trains with AdamW, rate 1e-4, weight decay 0.01, 64
-sequences a step, gradient norm clipped at 10. [paper] is IRIS or its code, [ours] is not; the single embedding table,
-sampling and the cache are ours as well, and compute the same.
+sequences a step, gradient norm clipped at 10. [paper] is IRIS or its code, [ours] is not. The single embedding
+table, the way of sampling and the cache are ours too, and change no result.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,13 +75,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, cache: Tensor | None, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """In training, `cache` and `mask` are None. A dream passes both, for speed: see `hidden_states`."""
+        """Without a cache, `mask` is None. A dream passes both, for speed: see `hidden_states`."""
         n, t, c = x.shape
         qkv = self.qkv(x).view(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)  # (3, N, heads, T, C')
         q, kv = qkv[0], qkv[1:]
         if cache is not None:
             cache.index_copy_(3, positions, kv.to(cache.dtype))  # write the new keys and values
-            q, kv = q[:, :, -len(mask) :].to(cache.dtype), cache[..., : mask.shape[1], :]  # kv: all that are visible
+            kv = cache[..., : mask.shape[1], :]  # (2, N, heads, visible, C'): all so far
+            q = q[:, :, -len(mask) :].to(cache.dtype)  # one for each row of the mask, which has one in the last layer
         with torch.autocast(x.device.type, enabled=False):  # it would convert the cache at each call
             y = F.scaled_dot_product_attention(q, *kv, mask, self.dropout * self.training, is_causal=mask is None)
         return self.proj(y.transpose(1, 2).reshape(n, -1, c))
@@ -100,7 +101,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cache: Tensor | None, positions: Tensor, mask: Tensor | None) -> Tensor:
         y = self.dropout(self.attn(self.ln1(x), cache, positions, mask))
-        x = x[:, -y.shape[1] :] + y  # all of x, but for the last layer in a dream
+        x = x[:, -y.shape[1] :] + y  # in a dream's last layer, y is of the last position alone
         return x + self.dropout(self.mlp(self.ln2(x)))
 
 
@@ -147,7 +148,7 @@ class WorldModel(nn.Module):
         """Room for the keys and values of n sequences: for each layer (2, N, heads, max_tokens, C / heads)."""
         config, device = self.config, self.positions.device.type
         autocast = device != "cpu" and torch.is_autocast_enabled(device)  # a CPU attends faster in float32
-        dtype = torch.get_autocast_dtype(device) if autocast else torch.float32
+        dtype = torch.get_autocast_dtype(device) if autocast else self.embedding.weight.dtype
         shape = 2, n, config.heads, config.max_tokens, config.width // config.heads
         return [torch.zeros(shape, dtype=dtype, device=self.positions.device) for _ in self.layers]
 
@@ -156,13 +157,13 @@ class WorldModel(nn.Module):
     ) -> Tensor:
         """Tokens (N, T) at positions (T,) -> hidden states (N, T, C). Each attends to itself and the tokens before it.
 
-        For speed, a dream passes a cache of the keys and values of earlier tokens, which never change. Those of this
-        call are written into it at `positions`. Attention is over its first `visible` positions, and only the last
-        state (N, 1, C) comes back, for a dream needs no other."""
+        For speed, a dream passes a cache of the keys and values of earlier tokens, which later ones do not change. This
+        call writes its own into it at `positions`, attends to its first `visible` positions under the causal mask, and
+        returns the last state alone (N, 1, C): a dream needs no other."""
         x = self.dropout(self.embedding(tokens + self.row_offset[positions]) + self.position_embedding(positions))
         mask = None if cache is None else self.causal[positions, :visible]  # (T, visible)
         for i, layer in enumerate(self.layers):
-            mask = mask[-1:] if mask is not None and i + 1 == len(self.layers) else mask  # queries: the last alone
+            mask = mask[-1:] if mask is not None and i + 1 == len(self.layers) else mask  # one query: the last
             x = layer(x, None if cache is None else cache[i], positions, mask)
         return self.ln_f(x)
 
@@ -223,7 +224,7 @@ def sample(logits: Tensor) -> Tensor:
     reaches a uniform number in (0, 1]. `torch.multinomial` would wait for a GPU."""
     cumulative = logits.softmax(dim=-1, dtype=torch.float32).cumsum(dim=-1)
     u = (1 - torch.rand_like(cumulative[..., -1:])) * cumulative[..., -1:]  # the last is 1 but for rounding
-    return torch.searchsorted(cumulative, u).squeeze(-1)
+    return torch.searchsorted(cumulative, u).squeeze(-1).clamp(max=logits.shape[-1] - 1)  # V for logits of NaN
 
 
 class Dream:
@@ -318,7 +319,7 @@ class CompiledDream(Dream):
         mode = "reduce-overhead" if world_model.positions.is_cuda else None  # this is what makes CUDA graphs
         self.compiled = torch.compile(predict, mode=mode, fullgraph=True, dynamic=False)
         self.caches: dict = {}
-        torch._dynamo.config.recompile_limit = 64  # T is 17, 1, 2 or 255, for each batch size
+        torch._dynamo.config.recompile_limit = 64  # T is 1, 2, or what a reset or a full context needs
 
     def new_cache(self, n: int) -> list[Tensor]:
         key = n, torch.is_autocast_enabled(self.world_model.positions.device.type)  # which decides the type
@@ -345,7 +346,6 @@ def lesson(steps: int = 1600, out: Path = Path("runs/lessons/world_model.png")) 
     tokenizer = train_small_tokenizer(frames[:400].flatten(0, 1), steps=400)
     tokens = torch.stack([tokenizer.encode(episode) for episode in frames])  # (1000, 7, 16)
     data, test = (tokens, actions, rewards, ends, torch.ones(1000, 7, dtype=torch.bool)), slice(600, 1000)  # no padding
-
     world_model = WorldModel(64, 3, WorldModelConfig(max_blocks=7, layers=2, width=64, dropout=0.0))
     optimizer = torch.optim.AdamW(world_model.parameter_groups(weight_decay=0.01))
     for step in range(1, steps + 1):
