@@ -505,7 +505,10 @@ class Server:
         return connection.getresponse()
 
     def press(self, key):
-        return self.request("POST", f"/keys?tab=t&held=&pressed={key}").status
+        try:
+            return self.request("POST", f"/keys?tab=t&held=&pressed={key}").status
+        except (http.client.RemoteDisconnected, ConnectionResetError):
+            assert key == "q"  # on a busy machine, it may have stopped before it answers
 
     def messages(self):
         """What a tab is sent."""
