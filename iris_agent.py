@@ -3,7 +3,7 @@
 An actor-critic sees decoded frames, keeps a memory in an LSTM, and puts out a policy and a value. It is trained on
 imagined episodes (IRIS, arXiv 2209.00588, section 2.3): the dream of chapter 2 is stepped 20 times with sampled
 actions, the rewards become lambda-returns, and an action becomes more likely if its return exceeds the value, less
-likely if not. Real frames are inputs only: 20 of them fill the LSTM's memory, and the 21st starts the dream.
+likely if not. Real rewards teach it nothing. Real frames only start it: 20 fill the LSTM's memory, the 21st the dream.
 
     real frames 1 .. 20, decoded    real frame 21, decoded     dreamed frame         dreamed frame
        |                                  |                       |                     |
@@ -11,10 +11,11 @@ likely if not. Real frames are inputs only: 20 of them fill the LSTM's memory, a
                                           | logits, value
                                        action ~ softmax --> dream.step(action) -> reward, end, next frame
 
-    gradient:  losses -> logits and values -> LSTM, back to frame 21 -> convolutions; not into warm-up or dream
+    gradient:  losses -> logits and values -> LSTM, back to frame 21 -> convolutions
+    cut at:    the state that warm_up returns; frames, actions, rewards and ends
 
 Run it:    python iris_agent.py     (a minute on one core: a small game of memory in place of the dream)
-Reuse it:  copy this file; it needs torch only (its last section, published checkpoints, also chapters 1 and 2).
+Reuse it:  copy this file; it needs torch only. To load published checkpoints, it also needs chapters 1 and 2.
 
     import torch
     from iris_agent import ActorCritic
@@ -23,7 +24,7 @@ Reuse it:  copy this file; it needs torch only (its last section, published chec
     logits, values, state = actor_critic(torch.rand(2, 3, 64, 64), state)
 
 A training step, with tokenizer and dream of chapters 1 and 2, N segments of real frames (N, 21, 3, 64, 64), and a mask
-(N, 20), False at padding, which stands before an episode's first frame:
+(N, 20). Where a segment would begin before its episode does, it is padded, and the mask is False:
 
     past = tokenizer.reconstruct(segments[:, :-1].flatten(0, 1)).unflatten(0, (N, 20))
     first = dream.reset(segments[:, -1])  # real frame 21, decoded from its tokens
@@ -31,7 +32,8 @@ A training step, with tokenizer and dream of chapters 1 and 2, N segments of rea
     losses, metrics = actor_critic_loss(rollout, gamma=0.995, lambda_=0.95, entropy_weight=0.001)
 
 and an optimiser's step on the losses' sum. The paper's: Adam, rate 1e-4, N = 64, gradient norm clipped at 10. Actions
-are drawn from torch's global generator. [paper] is IRIS or its code, [ours] is not. Defaults are the paper's.
+and what the dream samples are drawn from torch's global generator. Sizes default to the paper's. [paper] is IRIS or its
+code, [ours] is neither.
 """
 import re
 from collections import OrderedDict
@@ -51,7 +53,7 @@ class ActorCriticConfig:
 
     channels: tuple[int, ...] = (32, 32, 64, 64)  # Of the convolutions; each halves height and width
     lstm_width: int = 512  # Width of the LSTM's hidden state
-    patch: int = 1  # k x k pixels become channels first, which makes small models faster [ours]
+    patch: int = 1  # k x k pixels become 3 k^2 channels; small models are faster so [ours]. k divides 64
 
 
 class ActorCritic(nn.Module):
@@ -60,7 +62,7 @@ class ActorCritic(nn.Module):
     def __init__(self, num_actions: int, config: ActorCriticConfig = ActorCriticConfig()):
         super().__init__()
         self.config = config
-        # Frames enter as (frames - mean) / std: 0.5 and 0.5 give [-1, 1] [paper]. Chapter 4 puts the tokenizer's there.
+        # Frames enter as (frames - mean) / std: 0.5 and 0.5 give [-1, 1] [paper]; chapter 4 copies the tokenizer's.
         self.register_buffer("mean", torch.full((3, 64, 64), 0.5))
         self.register_buffer("std", torch.full((3, 64, 64), 0.5))
         layers, inputs = OrderedDict(patch=nn.PixelUnshuffle(config.patch)), (3 * config.patch**2, *config.channels)
@@ -89,7 +91,7 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def warm_up(self, frames: Tensor, mask: Tensor) -> State:
-        """The memory after decoded frames (N, L, 3, 64, 64). Padding, mask (N, L) False, leaves it unchanged."""
+        """The memory after decoded frames (N, L, 3, 64, 64). Where mask (N, L) is False, it stays as it was."""
         features = self.features(frames.flatten(0, 1)).unflatten(0, mask.shape)  # (N, L, 1024)
         state = self.initial_state(len(mask))
         for t in range(mask.shape[1]):
@@ -107,14 +109,16 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, frames: Tensor, state: State, temperature: float = 1.0) -> tuple[Tensor, State]:
-        """Frames (N, 3, 64, 64) in [0, 1] -> actions (N,) int64, and the next state. At temperature 0, the most likely.
-        The policy is trained on decoded frames, so real frames go through the tokenizer first."""
+        """Frames (N, 3, 64, 64) in [0, 1] -> actions (N,) int64, and the next state. At an episode's first frame, the
+        state is `initial_state`. Temperature 0 takes the most likely action. The policy is trained on decoded frames,
+        so real frames go through the tokenizer first."""
         logits, _, state = self.actor_critic(self.tokenizer.reconstruct(frames), state)
         return logits.argmax(dim=1) if temperature == 0 else sample(logits / temperature), state
 
 
 def sample(logits: Tensor) -> Tensor:
-    """Logits (N, A) -> actions (N,) drawn from their softmax: Gumbel-max. `Categorical.sample` waits for the GPU."""
+    """Logits (N, A) -> actions (N,) drawn from their softmax, as by `Categorical(logits=logits).sample()`, which
+    makes the CPU wait for the GPU. This is the Gumbel-max trick."""
     return (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=1)
 
 
@@ -153,15 +157,15 @@ def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, 
     """Rewards, values and ends (N, L) -> lambda-returns (N, L) [paper, section 2.3; Sutton and Barto, section 12.1].
 
     R_t = r_t + gamma * (1 - end_t) * ((1 - lambda) * v_{t+1} + lambda * R_{t+1}), backwards from R_{L-1} = v_{L-1}: the
-    last value stands for all that follows; the last reward and end are not used. Lambda 0 gives r_t + gamma * v_{t+1},
-    lambda 1 the discounted sum of the rewards and the last value. An example with gamma 0.5 and lambda 0.5:
+    last value stands for all that follows; the last reward and end are not used. Without ends, lambda 0 gives
+    r_t + gamma * v_{t+1}, lambda 1 the discounted sum of the rewards and the last value. With both 0.5, for example:
 
         step      0       1      2     3     4
         reward    0       1      1     0     1
         value     4       2      3     2     4
         end       no      no     yes   no    no
         return    1       2      1     2     4      e.g. the second: 2 = 1 + 0.5 * (0.5 * 3 + 0.5 * 1)
-        counted   yes     yes    yes   no    no     in `actor_critic_loss`; the fourth also, with `after_end`
+        counted   yes     yes    yes   yes   no     in `actor_critic_loss`; with after_end=False not the fourth
     """
     returns = [values[:, -1]]
     discount = gamma * (1 - ends.to(values.dtype))
@@ -173,11 +177,11 @@ def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, 
 def actor_critic_loss(rollout: Rollout, gamma: float, lambda_: float, entropy_weight: float, after_end: bool = True):
     """-> a dict of losses, whose sum is minimised, and a dict of metrics to log, all scalar [paper, section 2.3].
 
-        policy         mean of -log pi(a_t) * (R_t - v_t), REINFORCE with the value as baseline; no gradient to R, v
-        value          mean of (v_t - R_t)^2; no gradient to R
+        policy         mean of -log pi(a_t) * (R_t - v_t), REINFORCE with the value as baseline; R_t - v_t is a constant
+        value          mean of (v_t - R_t)^2; R_t is a constant
         entropy_bonus  -entropy_weight * mean entropy of pi
 
-    The means are over the first L - 1 steps: a horizon of 20 is 19 steps that are trained, and the bootstrap. Steps
+    The means are over the first L - 1 steps: of a horizon of 20, 19 steps train, the last only bootstraps. Steps
     after an imagined end are counted as well [paper]; `after_end=False` drops them [ours]. ValueError if L is 1.
     """
     if rollout.rewards.shape[1] < 2:
@@ -208,9 +212,9 @@ def actor_critic_loss(rollout: Rollout, gamma: float, lambda_: float, entropy_we
 
 # --- The lesson: python iris_agent.py learns a game of memory ---------------------------------------------------------
 class FadingCatch:
-    """In place of the dream, n games: a ball falls through 8 rows and 4 columns, visible in rows 0 to 2. Actions 0,
-    1, 2 move the paddle in row 7 left, keep it, move it right. With the ball in row 7 the episode ends: reward 1 on the
-    paddle, -1 beside it. `past` (n, 3, 3, 64, 64) and `mask` are the 3 frames before the first."""
+    """In place of the dream, n games: a ball falls through 8 rows and 4 columns, visible in rows 0 to 2. Action 0
+    moves the paddle, in row 7, to the left, 2 to the right. A ball in row 7 ends the episode: reward 1 on the paddle,
+    -1 beside it. `past` (n, 3, 3, 64, 64) and `mask` are the 3 frames before the first."""
 
     def __init__(self, row: Tensor):
         self.row, self.column, self.paddle = row, torch.randint(4, row.shape), torch.randint(4, row.shape)
@@ -237,9 +241,9 @@ def lesson(updates: int = 400) -> None:
     actor_critic.std.fill_(0.2)
     optimizer = torch.optim.Adam(actor_critic.parameters(), lr=3e-3)
     for update in range(1, updates + 1):
-        game = FadingCatch(row=torch.randint(6, (64,)))  # from row 5, one of the three frames before shows the ball
+        game = FadingCatch(row=torch.randint(6, (64,)))  # from row 5, the earliest past frame shows the ball
         state = actor_critic.warm_up(game.past, game.mask)
-        rollout = imagine(actor_critic, game, game.draw(game.row), state, horizon=8)  # 7 steps to the end, and one
+        rollout = imagine(actor_critic, game, game.draw(game.row), state, horizon=8)  # 7 steps or fewer, bootstrap
         losses, metrics = actor_critic_loss(rollout, gamma=0.995, lambda_=0.95, entropy_weight=0.01, after_end=False)
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -264,7 +268,8 @@ RENAMES = (  # published name -> ours: regular expressions, applied one after th
 
 
 def load_official_checkpoint(path: Path | str) -> Agent:
-    """A published checkpoint -> an Agent of the paper's sizes, on the CPU, in eval mode. Raises OSError, ValueError."""
+    """A published checkpoint -> an Agent of the paper's sizes, on the CPU, in eval mode. Raises OSError for a
+    file that cannot be read, ImportError without chapters 1 and 2, else ValueError."""
     try:
         return official_agent(torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, ImportError):

@@ -12,7 +12,7 @@ chooses the actions, and the transformer of chapter 2 answers with the next fram
 What the player sees of that:
     16 tokens   Each stands for about 16 x 16 pixels. One wrong token, and a ball of two pixels jumps, or is gone.
     sampling    Rewards, ends and tokens are drawn [paper]: the same keys in the same frame give another dream.
-    refill      20 steps fill the context. Then the latest 10 are read again (slower); the rest is forgotten [ours].
+    refill      20 steps fill the context. Then the latest 15 are read again (slower); the rest is forgotten [ours].
 
 Run it:   python iris_play.py                        # the agent of the newest run plays the real game
           python iris_play.py --world-model          # you play in its dream; `--agent`: it plays there itself
@@ -33,6 +33,7 @@ import sys
 import threading
 import time
 import webbrowser
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Iterator
@@ -51,7 +52,7 @@ from iris_agent import Agent, State, sample
 from iris_train import IrisError, make_env, to_model, to_stored
 from iris_world_model import Dream
 
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong with a video file, IrisError says
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: IrisError says what is wrong with a file
 Mode = tyro.conf.create_mutex_group(required=False, title="what to do (nothing: the agent plays the real game)")
 Source = tyro.conf.create_mutex_group(required=False, title="whose models (nothing: the newest run's under runs/)")
 
@@ -98,7 +99,7 @@ class Moment:
     seen: Tensor | None = None  # (1, 3, 64, 64) in [0, 1], the decoded tokens
     logits: Tensor | None = None  # (1, A) of the policy
     value: float | None = None
-    state: State | None = None  # the LSTM's state to start from; `think` replaces it by the one after this frame
+    state: State | None = None  # the LSTM's state before this frame; after `think`, the state after it
 
     def then(self, frame: np.ndarray, action: int, reward: float, end: bool) -> "Moment":
         """The moment after this one. An LSTM that missed a frame starts anew."""
@@ -122,7 +123,7 @@ class World:
         self.enter(self.home)
 
     def enter(self, place: str) -> None:
-        """Goes on in the game where it was left, or in a dream that begins with its present frame, step and return."""
+        """Goes on with the game, or begins a dream from the game's present frame, step and return."""
         self.place = place
         if place != "game":
             seen = self.dream.reset(to_model(torch.from_numpy(self.real.frame)[None].to(self.device)))
@@ -146,7 +147,7 @@ class World:
         return self.dreamed if self.place == "dream" else self.real
 
     def go_on(self) -> None:
-        """After an end: a new game; but where only a dream ended that began in mid-game, the game goes on."""
+        """After an end: a new game. If only a dream ended, which began in mid-game, that game goes on."""
         if self.real.end or self.home == "dream":
             self.reset()
         else:
@@ -181,10 +182,10 @@ WORDS = re.compile(r"UP|DOWN|LEFT|RIGHT|FIRE|\d+")
 
 
 def choose(names: list[str], held: list[str]) -> int:
-    """The keys held, oldest first -> of the actions whose words are all held the one of most words, and among equals
-    the one of the newest keys. With nothing held that is NOOP, or the first action."""
+    """The keys held, oldest first -> an action. Of those whose words are all held, it is the one of most words, and
+    among equals the one of the newest key. If nothing is held, it is NOOP, or the first action."""
     wanted = list(dict.fromkeys(KEYS[key] for key in held if key in KEYS))
-    ages = [[wanted.index(word) if word in wanted else -1 for word in WORDS.findall(name)] for name in names]
+    ages = [[wanted.index(word) if word in wanted else -1 for word in WORDS.findall(name.upper())] for name in names]
     possible = [action for action in range(len(names)) if -1 not in ages[action]]
     return max(possible, key=lambda action: (len(ages[action]), sorted(ages[action], reverse=True)), default=0)
 
@@ -202,8 +203,8 @@ def think(agent: Agent, moment: Moment, device: torch.device) -> None:
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
 def play(world: World, agent: Agent | None, page, film: "Video | None", names: list[str], args: Args, who: str) -> None:
-    """Shows the world on a page, in a film, or both, and steps it with the actions of who is in charge, "you" or
-    "agent"; until `q`, or args.steps steps. A film without a page is one episode, or args.steps. Raises IrisError."""
+    """Shows the world on a page, in a film, or both, and steps it with the actions of who is in charge: "you",
+    "agent" or "recorded"; until `q`, or args.steps steps. A film without a page is one episode, or args.steps."""
     paused, stepped, trouble, fps, played, history = False, False, "", args.fps, 0, []
     keys = [*"m" * bool(agent and not args.episodes), *world.commands, "enter", *"e.,g-+fq"]  # in the page's order
     limit = args.steps or (None if page else 1000)
@@ -226,11 +227,11 @@ def play(world: World, agent: Agent | None, page, film: "Video | None", names: l
                 film.show(panels)
             if page:
                 page.show(panels, {
-                    "place": world.place, "who": who, "names": names, "step": moment.step, "return": moment.total,
-                    "action": moment.action, "reward": moment.reward, "end": ended, "value": moment.value,
-                    "policy": None if policy is None else policy[0].softmax(dim=0).tolist(), "drift": drift,
-                    "traces": list(zip(*history)), "paused": paused, "recording": bool(film), "trouble": trouble,
-                    "fps": fps, "keys": keys})  # fmt: skip
+                    "place": world.place, "who": "you" if (who, world.place) == ("recorded", "dream") else who,
+                    "names": names, "step": moment.step, "return": moment.total, "action": moment.action,
+                    "reward": moment.reward, "end": ended, "value": moment.value, "drift": drift, "paused": paused,
+                    "policy": None if policy is None else policy[0].softmax(dim=0).tolist(), "trouble": trouble,
+                    "traces": list(zip(*history)), "recording": bool(film), "fps": fps, "keys": keys})  # fmt: skip
             if played == limit or (moment.end and not page and not args.steps):
                 break
 
@@ -259,9 +260,9 @@ def play(world: World, agent: Agent | None, page, film: "Video | None", names: l
                 world.commands[asked[0]]()
             elif "enter" in pressed:
                 world.reset()
-            elif ended and not paused:
+            elif ended and (not paused or "e" in pressed):
                 world.go_on()
-            elif not ended and (not paused or "e" in pressed):
+            elif not paused or "e" in pressed:
                 world.step(int(sample(policy)) if who == "agent" and policy is not None else choose(names, held))
                 stepped, played = True, played + 1
     finally:  # also when stopped with Ctrl-C: what was recorded is kept
@@ -277,7 +278,7 @@ def game_name(env_id: str) -> str:
 
 
 def evaluate(agent: Agent, settings: iris_train.Args, args: Args, device: torch.device, checkpoint: Path) -> None:
-    """Plays whole test games, at most 16 side by side; prints what they returned, beside a human's and the paper's."""
+    """Plays whole test games, at most 16 side by side; prints statistics of their returns, and the paper's mean."""
     n = settings.test_episodes = args.evaluate
     settings.test_envs, settings.test_temperature = min(16, n), args.temperature
     games = iris_train.play_test_episodes(agent, settings, device, args.seed, keep=0)
@@ -311,8 +312,8 @@ def paint(panels: list[tuple], height: int) -> np.ndarray:
 
 
 class Video:
-    """A film. Browsers play .webm (VP8); an .mp4 (MPEG-4 Part 2) is for other programs. It is written under another
-    name, checked, and renamed: it is whole, or not there."""
+    """A film. Browsers play .webm (VP8); an .mp4 (MPEG-4 Part 2) is for other programs. These two are written under
+    another name, their frames counted, and copied: a film is whole, or not there."""
 
     def __init__(self, path: Path, fps: float):
         self.path, self.fps, self.pictures, self.writer, self.count = path, fps, [], None, 0
@@ -571,7 +572,7 @@ class Recorded:
     """Recorded episodes as an environment: a seed is the number of an episode, and the actions are those recorded."""
 
     def __init__(self, folder: Path):
-        self.paths = sorted(folder.glob("t*/*.npz")) + sorted(folder.glob("imagination/*.npz"))  # test and train first
+        self.paths = sorted(folder.glob("t*/*.npz")) + sorted(folder.glob("imagination/*.npz"))  # test, train, dreams
         if not self.paths:
             raise IrisError(f"there are no recorded episodes in {folder.resolve()}: evaluations record some")
 
@@ -613,12 +614,11 @@ MODELS = Path(__file__).parent / "results" / "models"
 
 def find_checkpoint(args: Args) -> Path | None:
     """The checkpoint that the arguments speak of; None where a person plays and there is none. Raises IrisError."""
-    if args.pretrained:
-        make_env(f"{args.pretrained}NoFrameskip-v4").close()  # says what was meant if there is no such game
-        path = Path(torch.hub.get_dir(), "checkpoints", "iris", f"{args.pretrained}.pt")
-        url = PRETRAINED_URL.format(args.pretrained)
+    if name := args.pretrained:
+        make_env(f"{name}NoFrameskip-v4").close()  # says what was meant if there is no such game
+        path, url = Path(torch.hub.get_dir(), "checkpoints/iris", f"{name}.pt"), PRETRAINED_URL.format(name)
         try:
-            if not path.exists():
+            if not zipfile.is_zipfile(path):  # a download that was cut short is fetched again
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(path))
         except OSError as error:
@@ -641,11 +641,11 @@ def check(args: Args) -> None:
         (args.agent and not args.world_model, "--agent needs --world-model"),
         (args.json and (not args.evaluate or os.path.isdir(args.json)), "--json needs --evaluate, and no folder"),
         (args.video and (args.human or args.evaluate), "--video shows the agent: leave out --human and --evaluate"),
-        (args.video and suffix not in (".webm", ".mp4", ".gif", ".webp"),
-         f"--video {args.video}: its name has to end in .webm, .mp4, .gif or .webp"),
+        (args.video and (suffix not in (".webm", ".mp4", ".gif", ".webp") or os.path.isdir(args.video)),
+         f"--video {args.video}: it has to end in .webm, .mp4, .gif or .webp, and to be no folder"),
         (suffix in (".gif", ".webp") and (args.steps > 1000 or args.fps > 50), "over 1,000 steps or 50 fps: use .webm"),
         (not 0.5 <= args.fps <= 1000, f"--fps {args.fps} is not from 0.5 to 1,000"),
-        (not (args.temperature >= 0 <= min(numbers) and max(numbers) < 2**31), "a number is negative, or too large"),
+        (not args.temperature >= 0 or not 0 <= min(numbers) <= max(numbers) < 2**31, "a number is negative, or too large"),
         (not args.host, "--host is empty, which would be any address: say 0.0.0.0 if that is meant"),
     ):  # fmt: skip
         if wrong:

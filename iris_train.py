@@ -9,9 +9,9 @@ section 2 and appendix A). Tokenizer and world model learn from real play, the p
     +----------------------------------------------------------------------------------------------+
          epochs 1 to 500   from epoch 6                        from epoch 26       from epoch 51
 
-Run it:   python iris_train.py --env-id BreakoutNoFrameskip-v4    # the paper's run; without a GPU --preset laptop
+Run it:   python iris_train.py --env-id BreakoutNoFrameskip-v4    # on a GPU the paper's run, else --preset laptop
           python iris_train.py --resume runs/...                                  # goes on as if never stopped
-Read it:  arguments, all of them the paper's by default; environment, replay; then `train`, the algorithm, and what it
+Read it:  arguments, the paper's unless a preset differs; environment, replay; then `train`, the algorithm, and what it
 calls; checkpoints and start-up last. [paper] is IRIS or its code, [Delta-IRIS] arXiv 2406.19320, [ours] neither.
 """
 import copy
@@ -63,10 +63,10 @@ class Args:
     """Trains IRIS on one game. The defaults are the paper's (appendix A and the published configuration)."""
 
     env_id: str = "BreakoutNoFrameskip-v4"  # A gymnasium id; `module:Env-v0` imports the module first
-    preset: Preset = "paper"  # What the others default to: a GPU's, a CPU's, tests/catch.py's; auto: what there is
+    preset: Preset = "paper"  # Sets all others: for a GPU, a CPU, tests/catch.py. No flag, or auto: by what there is
     seed: int = 1  # Seed of everything random
     device: str = "auto"  # cuda, cpu, ...; auto takes a GPU where there is one
-    precision: Precision = "auto"  # nchw: convolutions with channels first; auto: the fastest here, by measurement
+    precision: Precision = "auto"  # nchw: channels first; auto: bf16 on a GPU [ours], on a CPU the fastest measured
     compile: bool = False  # torch.compile the dream; for GPUs; compiling takes a minute at first
     perceptual_loss: Literal["auto", "lpips", "pixel"] = "auto"  # lpips [paper] needs files, pixel [Delta-IRIS] none
     run_dir: str = ""  # Folder of the run; empty is runs/{env_id}__iris__{seed}__{time}
@@ -100,7 +100,7 @@ class Args:
     actor_critic_learning_rate: float = 1e-4  # Learning rate of Adam
     burn_in: int = 20  # Real frames that warm up the LSTM, before a dream and where collecting goes on in mid-episode
     horizon: int = 20  # Steps of a dream
-    given: int = 1  # Real frames that a dream goes on from: the paper's one shows no motion, so balls turn round [ours]
+    given: int = 1  # Real frames a dream goes on from; one [paper] shows no motion, more do [ours]; to burn_in + 1
     gamma: float = 0.995  # Discount factor
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.95  # Lambda of the lambda-returns
     entropy_weight: float = 0.001  # Weight of the entropy bonus
@@ -119,12 +119,12 @@ class Args:
     actor_critic: ActorCriticConfig = field(default_factory=ActorCriticConfig)
 
 
-# [ours] An hour on a CPU. Small models on patches of pixels; half the paper's context, its horizon.
+# [ours] Under an hour on a CPU. Small models on patches of pixels; half the paper's context, the same horizon.
 LAPTOP = Args(
     preset="laptop", epochs=50, collect_epochs=50, collect_steps=2000, max_frames=10_000, test_max_frames=10_000,
     tokenizer_from=3, tokenizer_until=12, tokenizer_steps=800, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
-    world_model_from=11, world_model_steps=600, world_model_batch_size=8, world_model_learning_rate=1e-3,
-    actor_critic_from=15, actor_critic_steps=100, actor_critic_batch_size=16, actor_critic_learning_rate=1e-3,
+    world_model_from=13, world_model_steps=600, world_model_batch_size=8, world_model_learning_rate=1e-3,
+    actor_critic_from=17, actor_critic_steps=90, actor_critic_batch_size=16, actor_critic_learning_rate=1e-3,
     burn_in=10, given=4, entropy_weight=0.003, gamma=0.99, after_end=False, world_model_average=0.995, draw="steps",
     tokenizer=replace(SMALL_TOKENIZER, vocab_size=1024, code_dim=64, worst_values=12), test_episodes=8, eval_every=10,
     world_model=WorldModelConfig(max_blocks=10, layers=2, heads=2, width=128, dropout=0.0, init_std=0.06),
@@ -147,9 +147,9 @@ FRAME_SPACE = gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
 
 
 def resize_frame(image: np.ndarray) -> np.ndarray:
-    """Image (H, W[, 1 or 3]) uint8 -> frame (64, 64, 3) uint8. Published agents saw Pillow's resize. This is
-    within one grey level of 255, gymnasium's AtariPreprocessing (area resize) up to 90 off, at Breakout's ball."""
-    x = torch.from_numpy(image.reshape(*image.shape[:2], -1)).permute(2, 0, 1)[None]  # (1, 1 or 3, H, W)
+    """Image (H, W[, 1 or 3]) uint8 -> frame (64, 64, 3) uint8. Published agents saw Pillow's resize: this one differs
+    by at most 1 of 255, the area resize of gymnasium's AtariPreprocessing by up to 90, at Breakout's ball."""
+    x = torch.from_numpy(np.atleast_3d(np.ascontiguousarray(image))).permute(2, 0, 1)[None]  # (1, 1 or 3, H, W)
     x = F.interpolate(x, size=(FRAME_SIZE, FRAME_SIZE), mode="bilinear", antialias=True)
     return x[0].permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
 
@@ -270,7 +270,7 @@ class Steps:
 
 class Replay(Steps):
     """Steps in an append-only file, read through a memory map: 100,000 take 1.23 GB on disk and hardly any memory. They
-    are not written through the map: on a full disk, that kills the process where `write` raises OSError."""
+    are not written through the map: on a full disk, that would kill the process, where `write` raises OSError."""
 
     def __init__(self, folder: Path):
         """Opens or creates the file, and keeps other processes away from it. Raises OSError if there is one."""
@@ -306,7 +306,7 @@ class Run:
     folder: Path
     device: torch.device
     agent: Agent
-    trained: Agent  # the agent; with world_model_average, the world model here is trained, and the agent's its average
+    trained: Agent  # what optimisers change: the agent, but with world_model_average the world model before averaging
     optimizers: dict[str, torch.optim.Optimizer]
     lpips: Lpips | None
     dream: Dream
@@ -339,7 +339,7 @@ class Run:
 def train(run: Run) -> None:
     """IRIS. `optimise` takes an epoch's steps on one model. Its last argument draws a batch and computes the losses:
 
-        tokenizer     reconstruction + perceptual + codebook + 1.0 * commitment   of 256 frames      chapter 1
+        tokenizer     reconstruction + perceptual + codebook + commitment         of 256 frames      chapter 1
         world_model   observations + rewards + ends                               of 64 sequences    chapter 2
         actor_critic  policy + value - entropy_weight * entropy                   of 64 dreams       chapter 3
 
@@ -381,7 +381,7 @@ def tokenizer_losses(run: Run, n: int) -> tuple[dict, dict]:
     frames = run.replay.frames_at(run.replay.sample(run.rng, n, range(1), args.draw)[0][:, 0], run.device)
     z = tokenizer.encoder_outputs(frames)
     if run.lpips is None:
-        tokenizer.codebook.revive(z, args.tokenizer.revive_after * args.accumulate)
+        tokenizer.codebook.revive(z, args.tokenizer.revive_after * min(args.accumulate, args.tokenizer_batch_size))
     return tokenizer.loss(frames, run.lpips, z), {}
 
 
@@ -453,7 +453,7 @@ def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, di
 
 def encode_replay(run: Run) -> None:
     """Tokens of all frames, and these decoded: once an epoch, or once at all when the tokenizer's training is over."""
-    start = 0 if run.tokens is None else len(run.tokens) // 256 * 256  # whole parts, as a resumed run makes them
+    start = 0 if run.tokens is None else len(run.tokens) // 256 * 256  # whole parts: a resumed run makes the same
     tokens, decoded = ([x[:start]] if start else [] for x in (run.tokens, run.decoded))
     for begin in range(start, len(run.replay), 256):
         with run.autocast(), torch.no_grad():
@@ -513,7 +513,7 @@ def collect(run: Run) -> None:
 @torch.no_grad()
 def play_test_episodes(agent: Agent, args: Args, device: torch.device, seed: int, keep: int = 2000) -> list[dict]:
     """Whole games -> for each its return, length, and last `keep` steps, an array of STEP (all might fill the memory).
-    A round of `test_envs` games is played until the longest is over: the first games to end would be the bad ones."""
+    A round of `test_envs` games is played until the longest is over: to stop earlier would favour short games."""
     games: list[dict] = []
     for first in trange(0, args.test_episodes, args.test_envs, desc="test episodes", leave=False, disable=None):
         n = min(args.test_envs, args.test_episodes - first)
@@ -588,7 +588,7 @@ def write_file(path: Path, save: Callable[[io.BytesIO], Any]) -> None:
     content = io.BytesIO()  # on a full disk, torch.save has errors of its own, and writing bytes has the system's
     save(content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content.getbuffer())
@@ -772,7 +772,7 @@ def check_memory(args: Args, num_actions: int) -> None:
 
 
 def choose_device(args: Args) -> tuple[torch.device, bool]:
-    """The device of --device, and whether --precision, which is settled, is bfloat16. Raises IrisError without one."""
+    """Settles args.precision -> the device, and whether it computes in bfloat16. Raises IrisError if it isn't there."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=(device := torch.device(name))).item()
@@ -873,7 +873,7 @@ def main(args: Args) -> None:  # raises IrisError, and KeyboardInterrupt when st
             if run.epoch == 0:
                 save_checkpoint(run)  # shows whether there is room for it, and can be resumed like any other
                 run.writer.add_text("arguments", f"<pre>{text}</pre>", 0)
-            gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else "laptop takes an hour, paper weeks"
+            gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "laptop an hour, paper weeks"
             print(f"--preset {args.preset} in {args.precision} on {run.device} ({gpu})", flush=True)
             print(f"Run folder: {run.folder}   (tensorboard --logdir {run.folder.parent})", flush=True)
             for name in get_args(Model):

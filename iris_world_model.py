@@ -75,7 +75,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, cache: Tensor | None, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Without a cache, `mask` is None. A dream passes both, for speed: see `hidden_states`."""
+        """Without a cache, `mask` is None. A dream passes both (see `hidden_states`): -> (N, the mask's rows, C)."""
         n, t, c = x.shape
         qkv = self.qkv(x).view(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)  # (3, N, heads, T, C')
         q, kv = qkv[0], qkv[1:]

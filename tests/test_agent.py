@@ -99,8 +99,8 @@ def test_steps_in_the_docstrings_table_are_counted_as_it_says(after_end):
     ends = torch.tensor([[x == "yes" for x in table["end"]]])
     rollout = Rollout(torch.zeros(1, 5, 2), values, torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5), ends, [])
     actor_critic_loss(rollout, 0.5, 0.5, entropy_weight=0.0, after_end=after_end)[0]["value"].backward()
-    counted = [x == "yes" or (i == 3 and after_end) for i, x in enumerate(table["counted"])]
-    assert (values.grad[0] != 0).tolist() == counted and table["counted"][2:] == ["yes", "no", "no"]
+    counted = [x == "yes" and (i != 3 or after_end) for i, x in enumerate(table["counted"])]
+    assert (values.grad[0] != 0).tolist() == counted and table["counted"][2:] == ["yes", "yes", "no"]
 
 
 @pytest.mark.parametrize("after_end", [True, False])

@@ -202,10 +202,10 @@ def test_a_full_disk_while_saving_is_one_clear_line_and_the_last_checkpoint_surv
     folder = tmp_path / "run"
     assert train(*FAST, *COUNTER, "--epochs", 1, "--run-dir", folder).returncode == 0
     before = (folder / "checkpoint.pt").read_bytes()
-    (folder / "checkpoint.tmp").symlink_to("/dev/full")
+    (folder / ".checkpoint.pt.tmp").symlink_to("/dev/full")
     assert_one_clear_line(train("--resume", folder, "--epochs", 2), "can't write into the run folder: No space left on device. Epoch 1 is saved")
     assert (folder / "checkpoint.pt").read_bytes() == before
-    assert not os.path.lexists(folder / "checkpoint.tmp")  # what was written so far would only fill the disk
+    assert not os.path.lexists(folder / ".checkpoint.pt.tmp")  # what was written so far would only fill the disk
     assert train("--resume", folder, "--epochs", 2).returncode == 0
     assert checkpoint(folder)["epoch"] == 2
 
@@ -322,7 +322,7 @@ def test_paper_sizes_go_through_every_phase_on_a_cpu_and_warn_of_the_wait(tmp_pa
         "--eval-every", 1, "--test-episodes", 1, "--test-max-frames", 60,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert re.search(r"--preset paper in \S+ on cpu \(laptop takes an hour, paper weeks\)", result.stdout)
+    assert re.search(r"--preset paper in \S+ on cpu \(laptop an hour, paper weeks\)", result.stdout)
     assert "Done: 1 epochs, 5 environment steps" in result.stdout
     sizes = {name: 0 for name in ("tokenizer", "world_model", "actor_critic")}
     for name, weight in checkpoint(folder)["agent"].items():

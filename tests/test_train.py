@@ -1046,6 +1046,7 @@ def test_resize_is_pillows_within_one_level():
     resized = iris_train.resize_frame(screen)
     assert resized.shape == (64, 64, 3) and resized.dtype == np.uint8
     assert np.abs(resized.astype(int) - expected).max() <= 1
+    assert np.array_equal(iris_train.resize_frame(screen[::-1].copy()[::-1]), resized)  # as OpenGL's images come
 
 
 def test_stored_frames_survive_the_way_to_the_models_and_back():
