@@ -155,8 +155,8 @@ class World:
 
     def drift(self) -> tuple[int, float]:
         """Steps since game and dream were one; their mean absolute difference where either has changed since [ours]."""
-        real, dream, *then = (m.frame.astype(np.float32) / 255 for m in (self.real, self.dreamed, *self.parted))
-        changed = np.maximum(np.abs(real - then[0]), np.abs(dream - then[1])).max(axis=2) > 0.1  # (64, 64)
+        real, dream, real_then, dream_then = (m.frame / 255 for m in (self.real, self.dreamed, *self.parted))
+        changed = np.maximum(np.abs(real - real_then), np.abs(dream - dream_then)).max(axis=2) > 0.1  # (64, 64)
         difference = float(np.abs(real - dream)[changed].mean()) if changed.any() else 0.0
         return self.real.step - self.parted[0].step, difference
 
@@ -303,8 +303,8 @@ def paint(panels: list[tuple], height: int) -> np.ndarray:
     """Panels side by side, each magnified or thinned by a whole number to fit a height -> (height + 24, W, 3) uint8."""
     columns = []
     for title, picture, _ in panels:
-        times, step = max(1, height // picture.shape[0]), -(-picture.shape[0] // height)  # one of the two is 1
-        picture = picture[::step, ::step].repeat(times, axis=0).repeat(times, axis=1)
+        larger, smaller = max(1, height // picture.shape[0]), -(-picture.shape[0] // height)  # one of the two is 1
+        picture = picture[::smaller, ::smaller].repeat(larger, axis=0).repeat(larger, axis=1)
         below, right = max(0, height - picture.shape[0]), 8 - picture.shape[1] % 8  # codecs need even numbers
         columns.append(np.pad(picture, ((24, below), (0, right), (0, 0))))
         cv2.putText(columns[-1], title, (2, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (230, 230, 230), 1, cv2.LINE_AA)
@@ -340,7 +340,7 @@ class Video:
                     raise IrisError(f"can't write {self.path} whole: is the disk full?")
                 write(self.path, self.beside.read_bytes().replace(b"matroska", b"webm\0\0\0\0", 1))
             elif self.pictures:
-                times = np.round(np.arange(self.count + 1) * 100 / self.fps) * 10  # a GIF counts hundredths of a second
+                times = np.round(np.arange(self.count + 1) * 100 / self.fps) * 10  # ms; a GIF counts in units of 10
                 animation = cv2.Animation()
                 animation.frames, animation.durations = self.pictures, np.diff(times).astype(np.int32)
                 _, content = cv2.imencodeanimation(self.path.suffix, animation, [cv2.IMWRITE_GIF_QUALITY, 1])
@@ -493,33 +493,33 @@ class Page:
         """Serves at the first free port from `port` on, and waits for the first visitor. Raises IrisError."""
         self.fixed, self.message, self.number, self.changed = fixed, "{}", 0, threading.Condition()
         self.tabs: dict[str, tuple[float, list[str]]] = {}  # time of its latest message, keys held
-        self.pressed, self.recorded, self.visited, listener, own = [], None, threading.Event(), None, port
+        self.pressed, self.recorded, self.visited, listener, free = [], None, threading.Event(), None, port
         while not listener:
             try:
-                listener = socket.create_server((host, own), backlog=256)
+                listener = socket.create_server((host, free), backlog=256)
             except (OSError, OverflowError) as error:
                 if "in use" not in str(error):
-                    raise IrisError(f"can't serve at {host}:{own} ({error}): choose another --host, --port") from error
-                own += 1
+                    raise IrisError(f"can't serve at {host}:{free} ({error}): choose another --host, --port") from error
+                free += 1
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32_768)  # a slow line leaves pictures out
-        own, name = listener.getsockname()[1], socket.gethostname().lower()
+        free, name = listener.getsockname()[1], socket.gethostname().lower()
         self.ours = {host.lower(), name, "localhost"}
         handler = type("Handler", (WSGIRequestHandler,), {"timeout": 10, "log": lambda *_: None})  # drops half requests
-        server = make_server(host, own, self.respond, True, request_handler=handler, fd=listener.fileno())
+        server = make_server(host, free, self.respond, True, request_handler=handler, fd=listener.fileno())
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://{name if host == '0.0.0.0' else host}:{own}"
-        taken = f" (port {port} is taken)" if port not in (0, own) else ""
-        print(f"Open {address} in a browser{taken}. From elsewhere: ssh -L {own}:127.0.0.1:{own} {name}", flush=True)
+        address = f"http://{name if host == '0.0.0.0' else host}:{free}"
+        taken = f" (port {port} is taken)" if port not in (0, free) else ""
+        print(f"Open {address} in a browser{taken}. From elsewhere: ssh -L {free}:127.0.0.1:{free} {name}", flush=True)
         if {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & {*os.environ} or sys.platform != "linux":
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         self.visited.wait()
 
     @Request.application
     def respond(self, request: Request) -> Response:
-        path, own, name = request.path, f"http://{request.host}", request.host.lower().partition(":")[0]
+        path, origin, name = request.path, f"http://{request.host}", request.host.lower().partition(":")[0]
         by_site = request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and path != "/"
         is_ours = name in self.ours or re.fullmatch(r"[\d.]+", name)  # an address of digits can't be rebound
-        if not is_ours or by_site or request.headers.get("Origin", own) != own:
+        if not is_ours or by_site or request.headers.get("Origin", origin) != origin:
             return Response("This page answers requests of its own only.", 403)
         if path == "/":
             return Response(PAGE, mimetype="text/html", headers={"X-Frame-Options": "DENY"})
@@ -645,7 +645,7 @@ def check(args: Args) -> None:
          f"--video {args.video}: it has to end in .webm, .mp4, .gif or .webp, and to be no folder"),
         (suffix in (".gif", ".webp") and (args.steps > 1000 or args.fps > 50), "over 1,000 steps or 50 fps: use .webm"),
         (not 0.5 <= args.fps <= 1000, f"--fps {args.fps} is not from 0.5 to 1,000"),
-        (not args.temperature >= 0 or not 0 <= min(numbers) <= max(numbers) < 2**31, "a number is negative, or too large"),
+        (not (args.temperature >= 0 <= min(numbers) and max(numbers) < 2**31), "a number is negative, or too large"),
         (not args.host, "--host is empty, which would be any address: say 0.0.0.0 if that is meant"),
     ):  # fmt: skip
         if wrong:

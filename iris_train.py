@@ -124,7 +124,7 @@ LAPTOP = Args(
     preset="laptop", epochs=50, collect_epochs=50, collect_steps=2000, max_frames=10_000, test_max_frames=10_000,
     tokenizer_from=3, tokenizer_until=12, tokenizer_steps=800, tokenizer_batch_size=16, tokenizer_learning_rate=1e-3,
     world_model_from=13, world_model_steps=600, world_model_batch_size=8, world_model_learning_rate=1e-3,
-    actor_critic_from=17, actor_critic_steps=90, actor_critic_batch_size=16, actor_critic_learning_rate=1e-3,
+    actor_critic_from=17, actor_critic_steps=80, actor_critic_batch_size=16, actor_critic_learning_rate=1e-3,
     burn_in=10, given=4, entropy_weight=0.003, gamma=0.99, after_end=False, world_model_average=0.995, draw="steps",
     tokenizer=replace(SMALL_TOKENIZER, vocab_size=1024, code_dim=64, worst_values=12), test_episodes=8, eval_every=10,
     world_model=WorldModelConfig(max_blocks=10, layers=2, heads=2, width=128, dropout=0.0, init_std=0.06),
