@@ -12,7 +12,7 @@ likely if not. Real rewards teach it nothing. Real frames only start it: 20 fill
                                        action ~ softmax --> dream.step(action) -> reward, end, next frame
 
     gradient:  losses -> logits and values -> LSTM, back to frame 21 -> convolutions
-    cut at:    the state that warm_up returns; frames, actions, rewards and ends
+    cut at:    warm_up's state; frames, actions, rewards and ends; returns and advantages
 
 Run it:    python iris_agent.py     (a minute on one core: a small game of memory in place of the dream)
 Reuse it:  copy this file; it needs torch only. To load published checkpoints, it also needs chapters 1 and 2.
@@ -53,7 +53,7 @@ class ActorCriticConfig:
 
     channels: tuple[int, ...] = (32, 32, 64, 64)  # Of the convolutions; each halves height and width
     lstm_width: int = 512  # Width of the LSTM's hidden state
-    patch: int = 1  # k x k pixels become 3 k^2 channels; small models are faster so [ours]. k divides 64
+    patch: int = 1  # [ours], for speed: k x k pixels become 3 k^2 channels; k <= 64 / 2^len(channels)
 
 
 class ActorCritic(nn.Module):
@@ -62,7 +62,7 @@ class ActorCritic(nn.Module):
     def __init__(self, num_actions: int, config: ActorCriticConfig = ActorCriticConfig()):
         super().__init__()
         self.config = config
-        # Frames enter as (frames - mean) / std: 0.5 and 0.5 give [-1, 1] [paper]; chapter 4 copies the tokenizer's.
+        # Frames enter as (frames - mean) / std: 0.5 and 0.5 give [-1, 1] [paper]; chapter 4 copies the tokenizer's own.
         self.register_buffer("mean", torch.full((3, 64, 64), 0.5))
         self.register_buffer("std", torch.full((3, 64, 64), 0.5))
         layers, inputs = OrderedDict(patch=nn.PixelUnshuffle(config.patch)), (3 * config.patch**2, *config.channels)
@@ -117,8 +117,8 @@ class Agent(nn.Module):
 
 
 def sample(logits: Tensor) -> Tensor:
-    """Logits (N, A) -> actions (N,) drawn from their softmax, as by `Categorical(logits=logits).sample()`, which
-    makes the CPU wait for the GPU. This is the Gumbel-max trick."""
+    """Logits (N, A) -> actions (N,) drawn from their softmax, by the Gumbel-max trick: `Categorical(logits=logits)`
+    has a `sample()` too, but that would make the CPU wait for the GPU."""
     return (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=1)
 
 
@@ -158,7 +158,7 @@ def lambda_returns(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, 
 
     R_t = r_t + gamma * (1 - end_t) * ((1 - lambda) * v_{t+1} + lambda * R_{t+1}), backwards from R_{L-1} = v_{L-1}: the
     last value stands for all that follows; the last reward and end are not used. Without ends, lambda 0 gives
-    r_t + gamma * v_{t+1}, lambda 1 the discounted sum of the rewards and the last value. With both 0.5, for example:
+    r_t + gamma * v_{t+1}, lambda 1 the discounted sum of the rewards and the last value. With gamma = lambda = 0.5:
 
         step      0       1      2     3     4
         reward    0       1      1     0     1
@@ -243,7 +243,7 @@ def lesson(updates: int = 400) -> None:
     for update in range(1, updates + 1):
         game = FadingCatch(row=torch.randint(6, (64,)))  # from row 5, the earliest past frame shows the ball
         state = actor_critic.warm_up(game.past, game.mask)
-        rollout = imagine(actor_critic, game, game.draw(game.row), state, horizon=8)  # 7 steps or fewer, bootstrap
+        rollout = imagine(actor_critic, game, game.draw(game.row), state, horizon=8)  # at most 7 steps, bootstrap
         losses, metrics = actor_critic_loss(rollout, gamma=0.995, lambda_=0.95, entropy_weight=0.01, after_end=False)
         optimizer.zero_grad()
         sum(losses.values()).backward()
