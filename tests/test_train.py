@@ -774,15 +774,19 @@ def test_without_a_preset_it_is_the_papers_on_a_gpu_and_the_laptops_on_a_cpu(mon
     assert parse_args(flags) == dataclasses.replace(iris_train.PRESETS[preset], device="cpu" if "cpu" in flags else "auto")
 
 
-@pytest.mark.parametrize("fast", ["fp32", "bf16", "fp32-nchw", "bf16-nchw"])
-def test_auto_is_the_precision_in_which_a_step_takes_least_time(monkeypatch, fast):
-    """The clock stands still but for a step: a second where it is the fast precision, else two."""
+@pytest.mark.parametrize(
+    ("fast", "others", "chosen"),
+    [(name, 2.0, name) for name in ("fp32", "bf16", "fp32-nchw", "bf16-nchw")] + [("bf16-nchw", 1.03, "fp32")],
+)
+def test_auto_is_the_precision_in_which_a_step_takes_least_time(monkeypatch, fast, others, chosen):
+    """The clock stands still but for a step: a second where it is the fast precision, else more. Near a tie, the
+    convolutions' channels lie last."""
     clock, settings, loss = [0.0], [], iris_train.Tokenizer.loss
 
     def timed_loss(tokenizer, frames):
         bf16, layout = torch.is_autocast_enabled("cpu"), tokenizer.encoder[3].weight.is_contiguous()
         settings.append(("bf16" if bf16 else "fp32") + "-nchw" * layout)
-        clock[0] += 1 if settings[-1] == fast else 2
+        clock[0] += 1 if settings[-1] == fast else others
         return loss(tokenizer, frames)
 
     monkeypatch.setattr(iris_train.Tokenizer, "loss", timed_loss)
@@ -791,7 +795,7 @@ def test_auto_is_the_precision_in_which_a_step_takes_least_time(monkeypatch, fas
     )
     args = parse_args([*FAST, "--precision", "auto"])
     device, bf16 = iris_train.choose_device(args)
-    assert (str(device), bf16, args.precision) == ("cpu", "bf16" in fast, fast)
+    assert (str(device), bf16, args.precision) == ("cpu", "bf16" in chosen, chosen)
     assert {*settings} == {"fp32", "bf16", "fp32-nchw", "bf16-nchw"}
     before = len(settings)
     iris_train.choose_device(args)
