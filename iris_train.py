@@ -100,7 +100,7 @@ class Args:
     actor_critic_learning_rate: float = 1e-4  # Learning rate of Adam
     burn_in: int = 20  # Real frames that warm up the LSTM, before a dream and where collecting goes on in mid-episode
     horizon: int = 20  # Steps of a dream
-    given: int = 1  # Real frames a dream goes on from; one [paper] shows no motion, more do [ours]; to burn_in + 1
+    given: int = 1  # Real frames a dream goes on from, at most burn_in + 1; one [paper] shows no motion, more do [ours]
     gamma: float = 0.995  # Discount factor
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.95  # Lambda of the lambda-returns
     entropy_weight: float = 0.001  # Weight of the entropy bonus
