@@ -417,8 +417,8 @@ def dream_from_replay(run: Run, rng: np.random.Generator, n: int) -> Rollout:
 
 
 def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, dict]]) -> None:
-    """An epoch's optimiser steps on one model. Means of losses and metrics go to `run.metrics`, read from the device
-    once, so that no step waits for a GPU. Raises IrisError for a loss or a gradient norm that was not finite."""
+    """An epoch's optimiser steps on one model; no step waits for a GPU. The means of losses and metrics go to
+    `run.metrics`. Raises IrisError for a loss or a gradient norm that was not finite."""
     args, model, optimizer = run.args, getattr(run.trained, name), run.optimizers[name]
     steps, batch_size, rate = (getattr(args, f"{name}_{what}") for what in ("steps", "batch_size", "learning_rate"))
     if name == "tokenizer" and (until := args.tokenizer_until):  # [ours] falls over the second half of its epochs
@@ -426,41 +426,41 @@ def optimise(run: Run, name: str, losses_of: Callable[[Run, int], tuple[dict, di
     for group in optimizer.param_groups:
         group["lr"] = rate
     sizes = [len(part) for part in np.array_split(np.arange(batch_size), min(batch_size, args.accumulate))]
-    logged, average = defaultdict(list), get_ema_multi_avg_fn(args.world_model_average)
+    logged = defaultdict(lambda: torch.zeros(steps, len(sizes), device=run.device))  # lists would fragment memory
     model.train()
-    for _ in trange(steps, desc=name, leave=False, disable=None):
+    for step in trange(steps, desc=name, leave=False, disable=None):
         optimizer.zero_grad()
-        for n in sizes:
+        for part, n in enumerate(sizes):
             with run.autocast():
                 losses, metrics = losses_of(run, n)
             total = sum(losses.values())
             (total * (n / batch_size)).backward()
             for key, value in ({f"{key}_loss": loss for key, loss in losses.items()} | metrics | {name: total}).items():
-                logged[key].append(value.detach())
-        logged[f"{name}_grad_norm"].append(nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+                logged[key][step, part] = value.detach()
+        logged[f"{name}_grad_norm"][step] = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         if model is not (averaged := getattr(run.agent, name)):  # [ours] a world model: see world_model_average
-            average([*averaged.parameters()], [*model.parameters()], None)
+            get_ema_multi_avg_fn(args.world_model_average)([*averaged.parameters()], [*model.parameters()], None)
     model.eval()
     for key, values in logged.items():
-        values = torch.stack(values).float().cpu()
-        if not values.isfinite().all():
-            step = int((~values.isfinite()).nonzero()[0, 0]) * steps // len(values) + 1
-            raise IrisError(f"{key} is not finite at step {step} of the {name}: lower its learning rate")
+        if len(bad := (~values.isfinite()).nonzero()):  # (step, part) of each
+            raise IrisError(f"{key} is not finite at step {bad[0, 0] + 1} of the {name}: lower its learning rate")
         run.metrics[f"losses/{key}"] = values.mean().item()
     run.metrics[f"charts/{name}_learning_rate"] = rate
 
 
 def encode_replay(run: Run) -> None:
     """Tokens of all frames, and these decoded: once an epoch, or once at all when the tokenizer's training is over."""
-    start = 0 if run.tokens is None else len(run.tokens) // 256 * 256  # whole parts: a resumed run makes the same
-    tokens, decoded = ([x[:start]] if start else [] for x in (run.tokens, run.decoded))
-    for begin in range(start, len(run.replay), 256):
+    start = 0 if run.tokens is None else (len(run.tokens) - 1) // 256 * 256  # a part's: a resumed run makes the same
+    tokens = torch.zeros(len(run.replay), run.args.tokenizer.tokens_per_frame, dtype=torch.int64, device=run.device)
+    decoded = torch.zeros(len(tokens), *FRAME_SPACE.shape, dtype=torch.uint8, device=run.device)
+    if start:
+        tokens[:start], decoded[:start] = run.tokens[:start], run.decoded[:start]
+    for part in np.split(np.arange(start, len(tokens)), range(256, len(tokens) - start, 256)):
         with run.autocast(), torch.no_grad():
-            frames = run.replay.frames_at(np.arange(begin, min(begin + 256, len(run.replay))), run.device)
-            tokens.append(run.agent.tokenizer.encode(frames))
-            decoded.append(to_stored(run.agent.tokenizer.decode(tokens[-1])))
-    run.tokens, run.decoded = torch.cat(tokens), torch.cat(decoded)
+            tokens[part] = run.agent.tokenizer.encode(run.replay.frames_at(part, run.device))
+            decoded[part] = to_stored(run.agent.tokenizer.decode(tokens[part]))
+    run.tokens, run.decoded = tokens, decoded
     run.metrics["charts/codes_in_use"] = float(len(run.tokens.unique()))
 
 

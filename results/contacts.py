@@ -5,7 +5,8 @@
 1. From the same states of the game, a scripted player who keeps the paddle under the ball and one who acts at random go on
    for 20 steps: in the game, seen through the tokenizer, and in the dream. How many lives end, what is earned? The states
    are of random play and of the scripted player's. What sight is worth in the dream is all that a policy can learn.
-2. In the frames of these states, how often does a reconstruction have the ball in its place, and the paddle?
+2. In the frames of these states, how often does a reconstruction have the ball in its place, and the paddle? And how
+   often does a dream of a single step, which goes on from all of a state's frames but the last, lose the last one's ball?
 3. In the later half of the replay, balls came down and were caught, or missed. From five steps before, dreams go on
    under the actions that were taken: those of a caught ball should not end, those of a missed one should.
 """
@@ -84,6 +85,19 @@ def states_of(env: gym.Env, options: Options, scripted: bool) -> list[tuple]:
     return states
 
 
+def next_balls(dream: Dream, states: list[tuple]) -> tuple[int, float, float]:
+    """-> balls that the last two frames of the states show; and, where a dream of one step goes on from all frames but
+    the last, the shares of them that it does not show, and that it has more than two pixels from the reconstruction's."""
+    frames = to_model(torch.from_numpy(np.stack([state[2] for state in states])))  # (N, given, 3, 64, 64)
+    actions = np.array([state[3] for state in states])
+    before, after = (places(dream.tokenizer.reconstruct(frames[:, t])) for t in (-2, -1))
+    begin(dream, frames[:, :-1], actions[:, :-1])
+    ball, column, row, _ = places(dream.step(torch.from_numpy(actions[:, -2]))[0])
+    off = ((column - after[1]).abs() > 2) | ((row - after[2]).abs() > 2)
+    shown = before[0] & after[0]
+    return int(shown.sum()), (~ball)[shown].float().mean().item(), (ball & off)[shown].float().mean().item()
+
+
 def in_the_game(
     env: gym.Env, states: list[tuple], scripted: bool, tokenizer: Tokenizer, options: Options
 ) -> np.ndarray:
@@ -143,6 +157,8 @@ def main(options: Options) -> None:
         balls, paddles = kept(dream.tokenizer, states)
         print(f"{play} play: balls in their place at the wall {balls[0]:.0%}, between {balls[1]:.0%}, at the paddle "
               f"{balls[2]:.0%}; paddles {paddles:.1%}")  # fmt: skip
+        torch.manual_seed(options.seed)
+        print("one dreamed step: of {} balls, {:.0%} lost, {:.0%} off".format(*next_balls(dream, states)))
         for player in ("random", "scripted"):
             torch.manual_seed(options.seed)
             game = in_the_game(env, states, player == "scripted", dream.tokenizer, options).mean(axis=0)
