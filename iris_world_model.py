@@ -350,7 +350,7 @@ def lesson(steps: int = 1600, out: Path = Path("runs/lessons/world_model.png")) 
     optimizer = torch.optim.AdamW(world_model.parameter_groups(weight_decay=0.01))
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:  # the learning rate rises, stays, and falls to 0
-            group["lr"] = 3e-3 * min(1.0, step / 100, 2 * (1 - step / steps))
+            group["lr"] = 2e-3 * min(1.0, step / 100, 2 * (1 - step / steps))
         batch = torch.randint(600, (16,))
         losses = world_model.loss(*(column[batch] for column in data))
         optimizer.zero_grad()

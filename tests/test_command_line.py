@@ -335,7 +335,7 @@ LESSONS = {  # what is said at the end, what has to be true of the numbers in it
     "iris_tokenizer.py": (r"decoded: (0\.\d+); .* be (0\.\d+)", lambda error, dull: error < 0.15 * dull, (3, 12)),
     "iris_world_model.py": (
         r"frame (\d+)%, the paddle (\d+)%, the reward (\d+)%, where it is 1 (\d+)%",  # a dull model: 81% and 0%
-        lambda ball, paddle, reward, caught: ball > 60 and paddle > 40 and reward > 70 and caught > 15, (4, 7),
+        lambda ball, paddle, reward, caught: ball > 80 and paddle > 40 and reward > 70 and caught > 30, (4, 7),
     ),
     "iris_agent.py": (
         r"with warm_up: (-?\d\.\d+) .*without warm_up: (-?\d\.\d+)",  # without memory, -0.5 is the best
