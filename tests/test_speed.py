@@ -208,6 +208,7 @@ def test_the_benchmark_runs_from_end_to_end(tmp_path):
         assert heading in result.stdout
     figures = json.loads((tmp_path / "f").read_text())["figures"]
     assert all(figure["seconds"] > 0 for figure in figures.values() if "seconds" in figure)
-    assert {"phases/ours/bf16", "phases/ours/fp32", "sharing/ours/bf16/1"} <= figures.keys()
+    assert {"phases/ours/bf16", "phases/ours/fp32"} <= figures.keys()
+    assert {"sharing/ours/bf16/1", "sharing/ours/fp32/1"} & figures.keys()  # in the precision that is faster here
     command = [sys.executable, path, "--preset", "catch", "--repeat", "1", "--device", "cpu", "--only", "tokenizer/plain/fp32"]
     assert json.loads(subprocess.run(command, capture_output=True, text=True).stdout)["seconds"] > 0
