@@ -253,10 +253,9 @@ class Steps:
         return len(self.frames)
 
     def sample(self, rng: np.random.Generator, n: int, offsets: range, draw: str) -> tuple[np.ndarray, np.ndarray]:
-        """n segments of L = len(offsets) steps -> their indices (n, L), and mask (n, L), False for padding.
-        An episode is drawn uniformly [paper], or in proportion to its length if `draw` is "steps"; then a step of it,
-        uniformly. The segment starts there with range(L), as the world model's, and stops there with range(1 - L, 1),
-        as the actor-critic's [paper]. Padding repeats the nearest step."""
+        """n segments of L = len(offsets) steps -> indices (n, L), and mask (n, L), False for padding, which repeats
+        the nearest step. An episode is drawn, uniformly [paper], or by its length if `draw` is "steps"; then one of its
+        steps. There, the segment starts with range(L), as the world model's, or stops with range(1 - L, 1) [paper]."""
         lengths = self.stops - self.starts
         episodes = rng.choice(len(lengths), n, p=lengths / len(self) if draw == "steps" else None)
         starts, stops = self.starts[episodes, None], self.stops[episodes, None]  # (n, 1)
@@ -823,6 +822,7 @@ def build(args: Args) -> Run:
         raise IrisError("--compile needs a C++ compiler: install g++, or leave it out")
     env = make_env(args.env_id, args.noop_max, args.max_frames, life_loss_ends=True)
     check_memory(args, int(env.action_space.n))  # before models are built, to measure or to train
+    torch.set_flush_denormal(True)  # on a CPU, arithmetic with numbers under 1e-38 takes many times as long
     device, _ = choose_device(args)
     torch.manual_seed(args.seed)
     try:

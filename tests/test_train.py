@@ -518,6 +518,10 @@ def test_a_dream_goes_on_from_as_many_real_frames_and_actions_as_are_given(run, 
             assert tokens == expected
 
 
+def test_numbers_too_small_for_a_fast_processor_are_0_in_a_run(run):
+    assert torch.tensor([1e-30]).mul(1e-10).item() == 0  # else a denormal number, and 0 only under 1e-45
+
+
 @pytest.mark.parametrize(("accumulate", "sizes"), [(1, [5]), (2, [3, 2]), (9, [1] * 5)])
 def test_a_split_batch_keeps_its_size_and_its_gradient(run, accumulate, sizes):
     frames, state = torch.rand(5, 3, 64, 64), {key: value.clone() for key, value in run.agent.state_dict().items()}
