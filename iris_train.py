@@ -254,8 +254,8 @@ class Steps:
 
     def sample(self, rng: np.random.Generator, n: int, offsets: range, draw: str) -> tuple[np.ndarray, np.ndarray]:
         """n segments of L = len(offsets) steps -> indices (n, L), and mask (n, L), False for padding, which repeats
-        the nearest step. An episode is drawn, uniformly [paper], or by its length if `draw` is "steps"; then one of its
-        steps. There, the segment starts with range(L), as the world model's, or stops with range(1 - L, 1) [paper]."""
+        the nearest step. An episode is drawn, uniformly [paper] or, if `draw` is "steps", by its length; then a step of
+        it, uniformly. There a segment starts with range(L) (world model), stops with range(1 - L, 1) (actor-critic)."""
         lengths = self.stops - self.starts
         episodes = rng.choice(len(lengths), n, p=lengths / len(self) if draw == "steps" else None)
         starts, stops = self.starts[episodes, None], self.stops[episodes, None]  # (n, 1)
